@@ -232,3 +232,12 @@ def cli(model_dir, tmp_path, monkeypatch):
 
     call.done, call.refused = expect(0), expect(2)
     return call
+
+
+@pytest.fixture(params=[False, True], ids=["one memory", "two memories"])
+def separate(request, monkeypatch):
+    """Run on the CPU as if it did, or did not, have memory separate from the host's."""
+    import mft.engines.mode
+    from mft.engines.offload import Mover
+
+    monkeypatch.setattr(mft.engines.mode, "Mover", lambda device: Mover(device, separate=request.param))

@@ -1,7 +1,9 @@
-"""Limits of what a test may take: CPU seconds, for code that might not end, and memory, in a process of its own."""
+"""For readers of damaged files: damages, and limits of CPU seconds, and of memory in a process of its own."""
 
 import contextlib
+import random
 import signal
+import struct
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -66,3 +68,25 @@ def cpu_seconds(limit):
 def assert_named(error, path, what=""):
     """Assert that an error's message names the file."""
     assert str(path) in str(error), what
+
+
+def damages(content, header, count):
+    """Yield ``count`` damaged copies, most of them in the header: (what was done, the bytes)."""
+    chance = random.Random(0)
+    eights = [b"\xff" * 8, bytes(8), struct.pack("<Q", 1 << 40), struct.pack("<Q", 1 << 31)]
+    for number in range(count):
+        damaged, place = bytearray(content), chance.randrange(header if number % 4 else len(content))
+        what = ("cut off", "flipped", "set", "count", "removed", "inserted")[number % 6]
+        if what == "cut off":
+            del damaged[place:]
+        elif what == "flipped":
+            damaged[place] ^= 1 << chance.randrange(8)
+        elif what == "set":
+            damaged[place] = chance.randrange(256)
+        elif what == "count":
+            damaged[place : place + 8] = chance.choice(eights)
+        elif what == "removed":
+            del damaged[place : place + chance.randrange(1, 9)]
+        else:
+            damaged[place:place] = chance.randbytes(chance.randrange(1, 9))
+        yield f"{number}: {what} at {place}", bytes(damaged)

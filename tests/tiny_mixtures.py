@@ -37,3 +37,8 @@ def mixture(kind, **changes):
         if name.endswith("_bias"):  # biases begin at 0
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+@torch.no_grad()
+def logits(model, ids=IDS, **options):
+    return model(input_ids=ids, use_cache=False, **options).logits

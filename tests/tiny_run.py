@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import equal
+from tiny import counting_lines, equal, save_llama
 from typer.testing import CliRunner
 
 from mft.tracking.metrics import METRICS, Steps
@@ -70,6 +70,16 @@ class Forked:
         self.poll(0)
         written = Path(f"output of {self.pid}")
         return written.read_text() if written.exists() else "", None
+
+
+def write_run(directory, more=""):
+    """Write the tiny model, its data, and a configuration of a run in the directory run; more: its further sections."""
+    save_llama(directory / "model")
+    (directory / "data.jsonl").write_text(counting_lines())
+    (directory / "config.yaml").write_text(
+        f"model: {{name: {directory}/model, dtype: float32}}\n"
+        f"data: {{source: {directory}/data.jsonl, sequence_length: 12}}\noutput_dir: run\n{more}"
+    )
 
 
 def wait_for_checkpoint(directory, process):

@@ -18,7 +18,6 @@ def main() -> None:
     names = [sweep.name for sweep in SWEEPS]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("only", nargs="*", help=f"model types, or sweeps: {', '.join(names)}, and causal/bert for both")
-    parser.add_argument("--verbose", action="store_true", help="show each linear layer, and transformers' errors")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -31,10 +30,11 @@ def main() -> None:
     if not tried:
         parser.error(f"no architecture or sweep is called {' or '.join(arguments.only)}")
     done: list[tuple[str, Row]] = []
-    for sweep, kind, make in track(tried, "architectures", disable=arguments.verbose):
-        if arguments.verbose:
-            print(f"{sweep.name}/{kind}", flush=True)
-        row = attempt(sweep, kind, make, arguments.verbose)
+    for sweep, kind, make in track(
+        tried,
+        "architectures",
+    ):
+        row = attempt(sweep, kind, make)
         done.append((sweep.name, row))
         gc.collect()  # models contain reference cycles
         if row.state != "converted":

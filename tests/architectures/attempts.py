@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import os
 import re
-import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -42,8 +41,8 @@ THEIRS = (
 )
 
 
-def attempt(sweep: Sweep, kind: str, make: Callable[[Any], Any], verbose: bool = False) -> Row:
-    """Try one model type. verbose prints its linear layers, and where an error comes from."""
+def attempt(sweep: Sweep, kind: str, make: Callable[[Any], Any]) -> Row:
+    """Try one model type."""
     if kind in NOT_HERE:
         return Row(kind, "not made", NOT_HERE[kind])
     try:
@@ -55,8 +54,6 @@ def attempt(sweep: Sweep, kind: str, make: Callable[[Any], Any], verbose: bool =
         if not expected.isfinite().all():
             raise ValueError("its outputs are not finite")
     except THEIRS as error:
-        if verbose:
-            traceback.print_exc()
         return Row(kind, "not made", first_line(error))
     choice, note, masked = INSTEAD.get(kind, {}), "", None
     try:
@@ -67,18 +64,16 @@ def attempt(sweep: Sweep, kind: str, make: Callable[[Any], Any], verbose: bool =
         choice, note = WHERE_REFUSED[kind], f"by default refused: {first_line(error)}"
     try:
         masked = masked or _masked(base, choice, keep_ratio=1.0)[0]
-        row = _held(kind, base, masked, choice, given, expected, note, verbose)
+        row = _held(kind, base, masked, choice, given, expected, note)
     except THEIRS as error:
-        if verbose:
-            traceback.print_exc()
         return Row(kind, "wrong", f"masked, it raised {first_line(error)}")
     if row.state == "converted" and sweep.name == "causal":
-        untrained = _untrained(base, kind, choice, verbose)
+        untrained = _untrained(base, kind, choice)
         row.left = "; ".join(filter(None, (row.left, untrained)))
     return row
 
 
-def _untrained(base: nn.Module, kind: str, choice: dict[str, Any], verbose: bool) -> str:
+def _untrained(base: nn.Module, kind: str, choice: dict[str, Any]) -> str:
     """Return why mft train cannot take a step with the model; "" if it can."""
     tokens = (torch.arange(48).reshape(4, 12) % 40 + 3).tolist()
     rows = Dataset.from_dict({"input_ids": tokens, "labels": tokens, "document": [0, 1, 2, 3]})
@@ -86,8 +81,6 @@ def _untrained(base: nn.Module, kind: str, choice: dict[str, Any], verbose: bool
         check_next_tokens(base.config, kind)
         train_masks(_masked(base, choice, keep_ratio=0.7)[0], rows, TrainConfig(steps=1, batch_size=2))
     except THEIRS as error:
-        if verbose:
-            traceback.print_exc()
         return f"{UNTRAINED}{first_line(error)}"
     return ""
 
@@ -100,7 +93,6 @@ def _held(
     given: dict[str, Any],
     expected: Tensor,
     note: str,
-    verbose: bool,
 ) -> Row:
     """Check a model that keeps everything, and one that keeps a share, against the requirements above."""
     with torch.no_grad(), _contiguous(masked), _reference_kernels():
@@ -112,8 +104,6 @@ def _held(
     masked, _ = _masked(base, choice, keep_ratio=0.7)
     layers = masked_modules(masked)
     silent, called = _without_gradient(masked, layers, given)
-    if verbose:
-        _show(base, layers, called, note)
     if silent or not called:
         return Row(kind, "wrong", f"no gradient reached {', '.join(silent[:3]) or 'any layer: none was called'}")
     with torch.no_grad():
@@ -201,13 +191,3 @@ def _left_out(messages: Iterable[str]) -> str:
     said = "; ".join(messages)
     endings = re.findall(r"neither by name or shape: (.*?) \(\S+ and \d+ more\)", said)
     return "; ".join(endings + re.findall(r"and leaves out those of (.*?)\. Name", said))
-
-
-def _show(base: nn.Module, layers: dict[str, Any], called: set[str], note: str) -> None:
-    """Print every linear layer, similar ones once: + masked, - not masked, ? masked but not called."""
-    seen: dict[str, str] = {}
-    for name, module in base.named_modules():
-        if "Linear" in type(module).__name__ or name in layers:
-            sign = "-" if name not in layers else "+" if name in called else "?"
-            seen.setdefault(f"{sign} {re.sub(r'(?<=[.])[0-9]+(?=[.]|$)', '*', name)}", "")
-    print("\n".join(f"    {line}" for line in seen), f"    left: {note}" if note else "", sep="\n")

@@ -19,22 +19,8 @@ def dropped(directory):
     return {entry.name: math.prod(entry.shape) - entry.kept for entry in export.modules}
 
 
-@pytest.mark.parametrize("memory", ["plain", "layerwise"])
-def test_a_killed_run_goes_on_bit_for_bit(cli, tmp_path, memory):
-    """It resumes from a step within the ramp."""
-    few = [*BUDGET, f"memory={memory}", "checkpoint_minutes=0", "mask.budget_ramp=0.9"]
-    code, output = cli("train", *few, "output_dir=straight")
-    assert code == 0, output
-    killed_after(cli, 3, "train", *few)
-    code, output = cli("train", "--resume", "run")
-    assert code == 0, output
-    assert events_of(tmp_path / "run", timed=False) == events_of(tmp_path / "straight", timed=False)
-    assert_same_masks(tmp_path / "run", tmp_path / "straight")
-
-
 def test_what_is_dropped_is_shown_exported_evaluated_and_merged(cli, tmp_path):
-    code, output = cli("train", *BUDGET)
-    assert code == 0, output
+    output = cli.done("train", *BUDGET)
     quota = int(0.04 * WEIGHTS)
     assert "4 % dropped" in output
     shares = [event["dropped"] for event in events_of(tmp_path / "run") if "lr" in event]
@@ -43,13 +29,10 @@ def test_what_is_dropped_is_shown_exported_evaluated_and_merged(cli, tmp_path):
     assert sum(by_layer.values()) == quota
     assert len(set(by_layer.values())) > 3
     assert json.loads((tmp_path / "run" / "masks" / "adapter_config.json").read_text())["keep_ratio"] is None
-    code, output = cli("inspect", "run")
-    assert code == 0, output
+    output = cli.done("inspect", "run")
     assert "flips are unknown" not in output
-    code, output = cli("evaluate", "--masks", "run")
-    assert code == 0, output
-    code, output = cli("merge", "run", "merged", "--dtype", "float32")
-    assert code == 0, output
+    cli.done("evaluate", "--masks", "run")
+    cli.done("merge", "run", "merged", "--dtype", "float32")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert sum(int((merged[f"{name}.weight"] == 0).sum()) for name in by_layer) == quota
 
@@ -58,8 +41,7 @@ def test_the_best_step_has_what_was_dropped_then(cli, tmp_path):
     """The best step is within the ramp; later steps have other thresholds."""
     few = [*BUDGET, "train.lr=1", "train.betas=[0.9,0.999]", "train.eval_every=1", "mask.budget_ramp=1"]
     few.append("train.keep_best=true")
-    code, output = cli("train", *few)
-    assert code == 0, output
+    cli.done("train", *few)
     best = json.loads((tmp_path / "run" / "table.json").read_text())["step"]
     assert best < 6
     assert sum(dropped(tmp_path / "run" / "masks").values()) == int(0.04 * WEIGHTS * best / 6)
@@ -67,18 +49,15 @@ def test_the_best_step_has_what_was_dropped_then(cli, tmp_path):
 
 def test_a_run_from_before_a_budget_was_a_bound_resumes_with_the_rule_that_it_began_with(cli, tmp_path):
     few = [*BUDGET, "mask.mode=value", "checkpoint_minutes=0"]
-    code, output = cli("train", *few, "mask.fill_budget=true", "output_dir=straight")
-    assert code == 0, output
+    cli.done("train", *few, "mask.fill_budget=true", "output_dir=straight")
     killed_after(cli, 3, "train", *few, "mask.fill_budget=true")
     for path in (tmp_path / "run").rglob("*.y*ml"):
         text = path.read_text().replace("  fill_budget: true\n", "")
         path.write_text(text.replace("  keep_ratio: null\n", "  keep_ratio: 0.99\n"))
-    code, output = cli("train", "--resume", "run")
-    assert code == 0, output
+    cli.done("train", "--resume", "run")
     assert_same_masks(tmp_path / "run", tmp_path / "straight")
     assert sum(dropped(tmp_path / "run" / "masks").values()) == int(0.04 * WEIGHTS)
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("  keep_ratio: null\n", "  keep_ratio: 0.99\n"))
     for verb in (["evaluate", "--masks", "run"], ["inspect", "run"]):
-        code, output = cli(*verb)
-        assert code == 0, output
+        cli.done(*verb)

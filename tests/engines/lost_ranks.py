@@ -27,8 +27,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from tiny import WORDS, save_llama
-from tiny_run import assert_same_masks, free_port, run_main, steps
+from tiny_run import assert_same_masks, free_port, run_main, steps, write_run
 
 from mft.engines.distributed import Processes
 from mft.training.saver import Saver
@@ -146,15 +145,7 @@ class Lab:
         self.work = work
         torch.set_num_threads(1)
         os.environ["MFT_CACHE"] = str(work / "cache")
-        save_llama(work / "model")
-        lines = [
-            json.dumps({"text": " ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20))}) for i in range(60)
-        ]
-        (work / "data.jsonl").write_text("\n".join(lines) + "\n")
-        (work / "config.yaml").write_text(
-            f"model: {{name: {work / 'model'}, dtype: float32}}\n"
-            f"data: {{source: {work / 'data.jsonl'}, sequence_length: 12}}\noutput_dir: run\n"
-        )
+        write_run(work)
         self.begin = ("train", "--config", str(work / "config.yaml"), *LEARN, f"train.accumulation={COUNT}")
         importlib.import_module("mft.training.run")  # once for all children
         importlib.import_module("matplotlib.figure")

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from tiny import make_llama, make_rows, masked_llama
-from tiny_run import LEARN, Forked, assert_same_masks, free_port, steps, wait_for_checkpoint
+from tiny import equal, make_llama, make_rows, masked_llama
+from tiny_run import LEARN, assert_same_masks, steps, wait_for_checkpoint
+from tiny_ways import rows_with_few_labels as rows
 
 import mft
 from mft.config import MaskConfig, TrainConfig
@@ -21,7 +22,6 @@ from mft.engines.distributed import Processes
 from mft.masks.convert import mask_model, masked_modules
 from mft.training.checkpoint import newest_checkpoint
 from mft.training.loop import finetune, train_masks
-from mft.training.run_lock import hold
 from mft.training.saver import Saver, Stopped
 from mft_kernels import MaskAdamW, MaskedLinear, kept_threshold
 
@@ -73,13 +73,6 @@ OPTIMIZERS = {
 
 def trained_scores(model):
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def rows():
-    """Return ten rows; some have few labels and two none. The mean is over the tokens of all processes."""
-    found = make_rows(10)
-    labels = [[-100] * (i % 5 * 3) + row["labels"][i % 5 * 3 :] for i, row in enumerate(found)]
-    return found.remove_columns("labels").add_column("labels", labels)
 
 
 def settings(**changes):
@@ -170,13 +163,17 @@ def in_ddp(rank, name, folder):
     return {"losses": losses, "scores": scores, "merged": whole(mft.merge_model(wrapped).get_submodule(HEAVY).weight)}
 
 
-def in_fsdp2(rank, folder):
+def sharded():
     from torch.distributed.fsdp import fully_shard
 
     model = masked()
     for layer in model.model.layers:
         fully_shard(layer)
-    fully_shard(model)
+    return fully_shard(model)
+
+
+def in_fsdp2(rank, folder):
+    model = sharded()
     scores, part = trained_scores(model), halves()[rank]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     losses = learn(model, torch.optim.AdamW(scores, lr=1e-2), [part])
@@ -201,12 +198,7 @@ def in_fsdp2(rank, folder):
 
 
 def by_mask_adamw_in_fsdp2(rank):
-    from torch.distributed.fsdp import fully_shard
-
-    model = masked()
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
+    model = sharded()
     losses = learn(model, OPTIMIZERS["MaskAdamW"][1](trained_scores(model)), [halves()[rank]])
     return {"losses": losses, "scores": scores_of(model)}
 
@@ -265,10 +257,6 @@ def found(folder):
     return [torch.load(folder / f"{rank}.pt") for rank in range(COUNT)]
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def alone(name):
     """Return (losses, masked model) of one process that takes the halves one after the other."""
     mask, make_optimizer = OPTIMIZERS[name]
@@ -293,22 +281,18 @@ def test_ddp_is_bit_equal_to_one_process(found, folder, tmp_path, name):
     assert (merged == 0).any()
 
 
-def test_fsdp2_is_bit_equal_to_one_process(found, folder, tmp_path):
-    losses, model = alone("AdamW")
-    assert [sum(pair) / 2 for pair in zip(*(each["FSDP2"]["losses"] for each in found))] == losses
+@pytest.mark.parametrize(("name", "key"), [("AdamW", "FSDP2"), ("MaskAdamW", "FSDP2, MaskAdamW")])
+def test_fsdp2_is_bit_equal_to_one_process(found, folder, tmp_path, name, key):
+    losses, model = alone(name)
+    assert [sum(pair) / 2 for pair in zip(*(each[key]["losses"] for each in found))] == losses
     for each in found:
-        assert equal(each["FSDP2"]["scores"], scores_of(model))
-        assert torch.equal(each["FSDP2"]["mask"], model.get_submodule(HEAVY).mask())
-        assert each["FSDP2"]["local rows"] == model.get_submodule(HEAVY).out_features / COUNT
-    mft.save_masks(model, tmp_path / "masks")
-    assert equal(exported(folder / "FSDP2"), exported(tmp_path / "masks"))
-
-
-def test_mask_adamw_in_fsdp2_is_bit_equal_to_one_process(found):
-    losses, model = alone("MaskAdamW")
-    assert [sum(pair) / 2 for pair in zip(*(each["FSDP2, MaskAdamW"]["losses"] for each in found))] == losses
-    for each in found:
-        assert equal(each["FSDP2, MaskAdamW"]["scores"], scores_of(model))
+        assert equal(each[key]["scores"], scores_of(model))
+    if name == "AdamW":
+        for each in found:
+            assert torch.equal(each[key]["mask"], model.get_submodule(HEAVY).mask())
+            assert each[key]["local rows"] == model.get_submodule(HEAVY).out_features / COUNT
+        mft.save_masks(model, tmp_path / "masks")
+        assert equal(exported(folder / key), exported(tmp_path / "masks"))
 
 
 def test_what_would_read_a_part_of_a_matrix_is_refused(found, folder):
@@ -374,22 +358,6 @@ def test_processes_that_disagree_are_told_in_what(found):
         assert each["other scores"].count(" in process 1, ") == 3  # 3 of 28
 
 
-@pytest.mark.parametrize(
-    ("make", "changes", "message"),
-    [
-        (masked, {"accumulation": 1}, r"train.accumulation must be at least 2, the number of processes, .* got 1"),
-        (
-            lambda: mask_model(make_llama(attention_dropout=0.2), MaskConfig.paper()),
-            {},
-            "model must have no dropout, and use no other random numbers, on several processes, got LlamaForCausalLM",
-        ),
-    ],
-)
-def test_what_several_processes_cannot_do_is_refused(make, changes, message):
-    with pytest.raises(ValueError, match=message):
-        train_masks(make(), rows(), settings(**changes), processes=Processes(0, COUNT))
-
-
 # ---------------------------------------------------------------------------------------------- torchrun
 
 
@@ -408,8 +376,7 @@ def kill_the_writer(run, process):
 @pytest.mark.slow
 def test_a_command_that_torchrun_starts_again_goes_on_to_the_single_process_result(cli, tmp_path):
     learn = [*LEARN, "train.steps=16", f"train.accumulation={COUNT}", "mask.keep_ratio=0.8", "checkpoint_minutes=0"]
-    code, output = cli("train", *learn, "output_dir=straight")
-    assert code == 0, output
+    cli.done("train", *learn, "output_dir=straight")
     process = torchrun("--config", "config.yaml", *learn, restarts=1)
     kill_the_writer(tmp_path / "run", process)
     output, _ = process.communicate(timeout=200)
@@ -417,41 +384,4 @@ def test_a_command_that_torchrun_starts_again_goes_on_to_the_single_process_resu
     for line in ("process 0 of 2 ended without an error message", "goes on after step", "result: run/masks"):
         assert output.count(line) == 1, output
     assert [step for step, _ in steps(tmp_path / "run")] == list(range(1, 17))
-    assert_same_masks(tmp_path / "run", tmp_path / "straight")
-
-
-@pytest.mark.slow
-def test_a_run_whose_writer_is_killed_ends_and_goes_on_to_the_single_process_result(cli, tmp_path):
-    learn = [*LEARN, "train.steps=16", f"train.accumulation={COUNT}", "mask.keep_ratio=0.8", "checkpoint_minutes=0"]
-    learn += ["train.eval_every=6", "train.keep_best=true", "report_to=tensorboard"]
-    code, output = cli("train", *learn, "output_dir=straight")
-    assert code == 0, output
-
-    process = torchrun("--config", "config.yaml", *learn)
-    kill_the_writer(tmp_path / "run", process)
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode != 0
-    assert "Signal 9 (SIGKILL)" in output
-    with hold(tmp_path / "run"):  # no other process holds the lock
-        assert newest_checkpoint(tmp_path / "run" / "checkpoints")[0].step < 16
-
-    told = {
-        "WORLD_SIZE": str(COUNT),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": free_port(),
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    processes = [Forked(cli, "train", "--resume", "run", RANK=str(rank), **told) for rank in range(COUNT)]
-    output = "".join(process.communicate()[0] for process in processes)
-    assert [process.returncode for process in processes] == [0, 0], output
-    for line in ("goes on after step", "trained: ", "mask fine-tune: 16/16", "result: run/masks"):
-        assert output.count(line) == 1, output
-    assert sorted(os.listdir("run")) == sorted(os.listdir("straight"))
-    assert len(os.listdir("run/tensorboard")) == 2  # one from the killed process, and one from the resumed run
-    evaluated, wanted = (steps(tmp_path / name, "validation") for name in ("run", "straight"))
-    assert [step for step, _ in evaluated] == [6, 12, 16]
-    assert [loss for _, loss in evaluated] == pytest.approx([loss for _, loss in wanted], rel=1e-5)
-    for (step, loss), (wanted_step, wanted) in zip(steps(tmp_path / "run"), steps(tmp_path / "straight"), strict=True):
-        assert step == wanted_step
-        assert loss == pytest.approx(wanted, rel=1e-5)
     assert_same_masks(tmp_path / "run", tmp_path / "straight")

@@ -60,11 +60,3 @@ def test_a_copy_has_the_values_and_what_is_locked_is_not_copied(locked, monkeypa
     assert torch.equal(copy, source)
     assert copy.is_contiguous()
     assert page_locked(copy) is copy
-
-
-def test_small_tensors_are_left_to_torch(locked, monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "empty", lambda shape, **options: asked.append((shape, options)))
-    empty_locked((3, 4), torch.float32)
-    assert asked == [((3, 4), {"dtype": torch.float32, "pin_memory": True})]
-    assert locked == {}

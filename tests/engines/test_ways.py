@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from tiny import assert_masks_agree, make_llama, make_rows, masked_llama
-from transformers import GPT2Config, GPT2LMHeadModel
+from tiny import assert_masks_agree, make_gpt2, make_llama, make_rows, masked_llama
+from tiny_ways import BY_LAYERS, EXACT, TOLERANCE, WAYS, masked_mixture, scores_of
 
 import mft.config
 import mft.engines.mode
@@ -16,36 +16,20 @@ from mft.engines.mode import place
 from mft.engines.offload import Mover
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model, masked_modules, merge_model, trainable_parameters
+from mft.masks.quantize import quantize_model
 from mft.objectives.kl import KL
 from mft.training.loop import NonFiniteLoss, train_masks
-
-BY_LAYERS = ["resident", "layerwise"]
-WAYS = ["in_place", *BY_LAYERS]
-EXACT = 1e-6  # for scores at 0.02 after steps at 1e-3; only the order of sums differs
-# Dense products sum in an order of their own. Adam's first steps enlarge the last bits of a gradient near 0.
-TOLERANCE = dict.fromkeys(mft.config.WAYS, EXACT) | {"in_place": 2e-5}
-
-
-@pytest.fixture(params=[False, True], ids=["one memory", "two memories"])
-def separate(request, monkeypatch):
-    """Run on the CPU as if it did, or did not, have memory separate from the host's."""
-    monkeypatch.setattr(mft.engines.mode, "Mover", lambda device: Mover(device, separate=request.param))
-    return request.param
 
 
 def train(way, model=None, rows=None, **options):
     model = masked_llama(layers=(1, 2, 3)) if model is None else model
     settings = TrainConfig(**{"lr": 1e-3, "steps": 3, "batch_size": 2} | options)
     reports = train_masks(model, make_rows() if rows is None else rows, settings, way=way)
-    return model, [report.loss for report in reports]
-
-
-def scores_of(model):
-    return {name: module.scores.detach().float().clone() for name, module in masked_modules(model).items()}
+    return model, [report.loss for report in reports], reports
 
 
 def assert_same_training(one, other, tolerance=EXACT):
-    (model, losses), (other_model, other_losses) = one, other
+    (model, losses, *_), (other_model, other_losses, *_) = one, other
     assert losses == pytest.approx(other_losses, abs=tolerance)
     ours, theirs = scores_of(model), scores_of(other_model)
     assert ours.keys() == theirs.keys()
@@ -111,26 +95,62 @@ def test_ways_of_one_batch_at_a_time_refuse_portions(way):
         train(way, batches_at_once=2)
 
 
-def test_portions_leave_one_layers_gradients_on_the_device(separate):
-    """The next layer's sums may be there too, in transit; those of all layers rest on the host."""
+@pytest.mark.parametrize("at_once", [None, 1])
+def test_layerwise_holds_one_layers_gradients_on_the_device(at_once, separate):
+    """In portions, the next layer's sums may be there too, in transit; those of all layers rest on the host."""
     model = masked_llama(layers=(0, 1, 2, 3))
     batch = take_rows(make_rows(), [0, 1])
-    settings = TrainConfig(steps=1, batches_at_once=1)
+    settings = TrainConfig(steps=1, batches_at_once=at_once)
     engine = place(model, way="layerwise").start(batch.input_ids[:1, :8], settings)
     held = []
     down = engine.down
     engine.down = lambda layer, *args: (held.append([m.grad is not None for m in engine.masks]), down(layer, *args))[1]
     engine.step([batch, batch], 1.0, 1e-3, None, lambda *_: None)
-    assert [sum(flags) for flags in held] == [7] * 8
+    assert [sum(flags) for flags in held] == [7] * 8  # the seven linears of a layer; two micro-batches, four layers
     assert not any(m.grad is not None for m in engine.masks)
     engine.close()
 
 
-@pytest.mark.parametrize("mask", [{"mode": "value"}, {"threshold": 0.01}, {"keep_ratio": 0.5, "init": "magnitude"}])
+def free(**mask):
+    layers = {"target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [1, 2, 3]}
+    return mask_model(make_llama(), MaskConfig(**layers | mask))
+
+
+SHARP = {"mode": "value", "threshold": 0.0, "init": "magnitude", "sharpness": [30.0, 300.0], "deletion_penalty": 0.5}
+KINDS = {
+    "value": lambda: masked_llama(layers=(0, 2), mode="value"),
+    "threshold": lambda: masked_llama(layers=(0, 2), threshold=0.01),
+    "half": lambda: masked_llama(layers=(0, 2), keep_ratio=0.5, init="magnitude"),
+    "budget": lambda: free(budget=0.03, mode="magnitude"),
+    "surrogate": lambda: free(**SHARP),
+    # Scores of both signs; the penalty pushes away from the threshold on both sides of 0.
+    "surrogate, magnitude": lambda: free(**SHARP | {"mode": "magnitude", "threshold": 0.005, "init": "normal"}),
+    "mixture, value": lambda: masked_mixture(mode="value"),
+    "mixture, threshold": lambda: masked_mixture(threshold=0.01),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
-def test_every_kind_of_mask(way, mask, separate):
-    models = [masked_llama(layers=(0, 2), **mask) for _ in range(2)]
-    assert_same_training(train(way, models[0]), train("plain", models[1]), TOLERANCE[way])
+def test_every_kind_of_mask(way, kind, separate):
+    ours, plain = (train(each, KINDS[kind](), accumulation=2) for each in (way, "plain"))
+    assert_same_training(ours, plain, TOLERANCE[way])
+    assert [report.dropped for report in ours[2]] == [report.dropped for report in plain[2]]
+
+
+@pytest.mark.parametrize("kind", ["half", "budget", "surrogate", "mixture, value"])
+def test_clipping_by_the_global_norm(kind, separate):
+    plain, other = (train("plain", KINDS[kind](), max_grad_norm=norm) for norm in (1e-4, None))
+    for way in ("in_place", "resident"):
+        assert_same_training(train(way, KINDS[kind](), max_grad_norm=1e-4), plain, TOLERANCE[way])
+    clipped = scores_of(plain[0])
+    assert any((scores - clipped[name]).abs().max() > 10 * EXACT for name, scores in scores_of(other[0]).items())
+
+
+@pytest.mark.parametrize("kind", ["budget", "surrogate"])
+def test_a_quantised_base_learns_as_its_weights_do(kind):
+    models = [quantize_model(KINDS[kind](), "int8", masked=True) for _ in range(2)]
+    assert_same_training(train("quantized", models[0]), train("plain", models[1]))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -143,24 +163,11 @@ def test_rows_that_score_different_numbers_of_tokens(way, separate):
     assert_same_training(train(way, **options), train("plain", **options), TOLERANCE[way])
 
 
-@pytest.mark.parametrize("way", ["in_place", "resident"])
-def test_clipping_by_the_global_norm(way, separate):
-    clipped = train(way, max_grad_norm=1e-3)
-    assert_same_training(clipped, train("plain", max_grad_norm=1e-3), TOLERANCE[way])
-    free = scores_of(train(way)[0])
-    assert any((free[name] - ours).abs().max() > 10 * EXACT for name, ours in scores_of(clipped[0]).items())
-
-
-def test_layerwise_refuses_clipping():
-    with pytest.raises(ValueError, match="train.max_grad_norm must be null with memory: layerwise, got 1"):
-        train("layerwise", max_grad_norm=1.0)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_weights_are_untouched_and_the_result_merges(way, separate):
     model = masked_llama(layers=(1, 3))
     before = copy.deepcopy(model.state_dict())
-    trained, _ = train(way, model)
+    trained = train(way, model)[0]
     for name, value in trained.state_dict().items():
         assert torch.equal(value, before[name]) != name.endswith(".scores"), name
     tokens = torch.arange(10).unsqueeze(0)
@@ -173,7 +180,7 @@ def test_weights_are_untouched_and_the_result_merges(way, separate):
 def test_the_mask_held_after_the_last_step_is_the_scores(way, separate):
     """A run exports its masks from the scores; the engine computes with its own packed masks."""
     rows = make_rows()
-    model, _ = train(way, rows=rows)
+    model = train(way, rows=rows)[0]
     held = evaluate(model, rows, way=way)
     assert held.loss == pytest.approx(evaluate(model, rows).loss, abs=1e-6)
 
@@ -221,24 +228,11 @@ def test_bfloat16_weights_and_buffers(separate):
 
 @pytest.mark.parametrize("way", ["plain", *WAYS])
 def test_a_trained_model_trains_on_in_another_way(way):
-    model, _ = train(way, steps=1)
+    model = train(way, steps=1)[0]
     assert trainable_parameters(model)[0] > 0
     before = scores_of(model)
     train("plain", model, steps=1)
     assert all((scores_of(model)[name] != scores).any() for name, scores in before.items())
-
-
-def test_plain_takes_sixteen_bit_scores_too():
-    model = masked_llama(scores_dtype="bfloat16")
-    before = scores_of(model)
-    trained, losses = train("plain", model, moments="8bit", steps=10, lr=1e-2)
-    assert losses[-1] < losses[0]
-    assert any(not torch.equal(before[name], after) for name, after in scores_of(trained).items())
-
-
-def test_plain_refuses_scores_that_autograd_cannot_reach():
-    with pytest.raises(ValueError, match="memory must not be plain with int16 scores"):
-        train("plain", masked_llama(scores_dtype="int16"))
 
 
 @pytest.mark.parametrize("way", BY_LAYERS)
@@ -299,8 +293,7 @@ def test_lack_of_memory_names_layer_contents_and_remedy(way, monkeypatch):
 
 @pytest.mark.parametrize("way", BY_LAYERS)
 def test_dropout_is_refused_in_training_and_plays_no_part_in_evaluation(way):
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=2, n_positions=32))
-    mask_model(model, MaskConfig.paper())
+    model = mask_model(make_gpt2(dropout=0.1), MaskConfig.paper())
     with pytest.raises(ValueError, match=f"memory must be plain for a model with dropout, .*, got {way}"):
         train(way, model)
     rows = make_rows(4)
@@ -327,10 +320,6 @@ def test_other_architectures(way, separate):
     """GPT-2 returns tuples from Conv1D layers, Gemma 3 has layers with different attention, and both tie the head."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-    def gpt2():
-        dropouts = {name: 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout")}
-        return GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=3, n_head=2, n_positions=32, **dropouts))
-
     def gemma():
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 16}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -339,7 +328,7 @@ def test_other_architectures(way, separate):
             Gemma3TextConfig(vocab_size=61, **sizes, **heads, sliding_window=4, layer_types=layers, pad_token_id=0)
         )
 
-    for make in (gpt2, gemma):
+    for make in (lambda: make_gpt2(n_layer=3), gemma):
         torch.manual_seed(0)
         models = [make().eval()]
         models.append(copy.deepcopy(models[0]))
@@ -360,29 +349,6 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(monkeypatch):
     monkeypatch.setattr(layer, "forward", forward_that_remembers)
     with pytest.raises(ValueError, match="memory must be plain for LlamaForCausalLM: its layers pass on more"):
         train("resident", model)
-
-
-def test_the_first_masked_layer_makes_no_gradient_of_its_input():
-    model = masked_llama(layers=(2, 3))
-    batch = take_rows(make_rows(), [0, 1])
-    engine = place(model, way="resident").start(batch.input_ids[:1, :8], TrainConfig(steps=1))
-    hidden = torch.randn(*engine.enter(batch).shape)
-    assert engine.down(3, hidden, torch.ones_like(hidden), batch).shape == hidden.shape
-    assert engine.down(2, hidden, torch.ones_like(hidden), batch) is None
-    engine.close()
-
-
-def test_layerwise_holds_one_layers_gradients(separate):
-    model = masked_llama(layers=(0, 1, 2, 3))
-    batch = take_rows(make_rows(), [0, 1])
-    engine = place(model, way="layerwise").start(batch.input_ids[:1, :8], TrainConfig(steps=1))
-    held = []
-    down = engine.down
-    engine.down = lambda layer, *args: (held.append([m.grad is not None for m in engine.masks]), down(layer, *args))[1]
-    engine.step([batch, batch], 1.0, 1e-3, None, lambda *_: None)
-    assert [sum(flags) for flags in held] == [7] * 8  # the seven linears of a layer; two micro-batches, four layers
-    assert not any(m.grad is not None for m in engine.masks)
-    engine.close()
 
 
 def test_host_buffers_are_used_again():
@@ -406,3 +372,9 @@ def test_one_memory_copies_nothing():
     mover.give_back(tensor)
     del tensor
     assert alive() is None  # nothing keeps it alive
+
+
+def test_a_placed_model_keeps_its_mode_when_options_are_added():
+    model = masked_llama()
+    placed = place(place(model, way="layerwise", device="cpu"), remember=False)
+    assert (placed.model, placed.mode, placed.remember) == (model, mft.engines.mode.MODES["layerwise"], False)

@@ -2,8 +2,6 @@
 
 import pytest
 from architectures.attempts import attempt
-from architectures.page import page
-from architectures.rows import Row, read, write
 from architectures.sweeps import SWEEPS
 
 
@@ -38,27 +36,3 @@ def test_what_mask_model_refuses_is_told_in_its_words_without_the_remedy():
     assert row.state == "refused"
     assert row.words.startswith("cannot mask ibert.encoder.layer.0.attention.self.query: it is a ")
     assert "exclude_modules" not in row.words
-
-
-ROWS = {
-    "encoder": {
-        "bert": Row("bert", "converted", "24 layers: dense", "reduction"),
-        "mra": Row("mra", "not made", "a | b"),
-    },
-    "vision": {"bit": Row("bit", "refused", 'no "layers"', transformers="5.0"), "vit": Row("vit", "converted", "3, 4")},
-}
-
-
-def test_rows_are_read_as_they_were_written(tmp_path):
-    write(ROWS, tmp_path / "rows.csv")
-    assert read(tmp_path / "rows.csv") == ROWS
-
-
-def test_the_page_of_the_stored_rows_has_each_in_its_section():
-    rows = read()
-    sections = dict(section.split("\n", 1) for section in page(rows).split("\n## ")[1:])
-    assert list(rows) == [sweep.name for sweep in SWEEPS]
-    assert list(sections) == [sweep.title for sweep in SWEEPS]
-    for section, some in zip(sections.values(), rows.values(), strict=True):
-        assert some
-        assert [kind for kind in some if f"\n| {kind} | " not in section] == []

@@ -5,15 +5,20 @@ import sys
 
 import pytest
 import torch
+from peft import get_peft_model
 from tiny import WORDS, make_llama
 from tiny_mixtures import mixture
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mft.config import MaskConfig
+from mft.masks.budget import grow_budget
 from mft.masks.convert import mask_model, masked_modules, merge_model
+from mft.masks.peft import MaskPeftConfig
 from mft.masks.quantize import quantize_model
 
+# PEFT calls it.
+STILL_CALLED = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 #: Relative to the norm of a gradient: what decompositions and fused loops may round differently.
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
@@ -47,34 +52,75 @@ def assert_close(got, expected, tolerance):
         assert b.any()
 
 
-def take_a_large_step(model):
-    """Change every mask by an optimiser's step."""
+def take_a_large_step(model, changes_every_mask=True):
+    """Change every mask by an optimiser's step; the first steps under a budget drop little."""
     before = [module.mask() for module in masked_modules(model).values()]
     torch.optim.AdamW([module.scores for module in masked_modules(model).values()], lr=0.01).step()
     for module, mask in zip(masked_modules(model).values(), before):
-        assert not torch.equal(module.mask(), mask)
+        assert not (changes_every_mask and torch.equal(module.mask(), mask))
 
 
 # ---------------------------------------------------------------------------------------------- compile
 
 
+def under_a_budget(quantised=False):
+    """Thresholds change at every step."""
+    model = mask_model(make_llama(num_hidden_layers=1), MaskConfig(target_modules=["up_proj"], budget=0.05))
+    return quantize_model(model, "int8", masked=True) if quantised else model
+
+
+def experts_under_a_budget():
+    return mask_model(mixture("Qwen3Moe"), MaskConfig(target_modules=["down_proj"], budget=0.05))
+
+
 @pytest.mark.parametrize(
-    ("dtype", "autocast", "layers"),
-    [(torch.float32, False, 2), (torch.bfloat16, False, 1), (torch.float32, True, 1)],
-    ids=["fp32", "bf16", "autocast"],
+    ("make", "autocast", "rounding", "calls"),
+    [
+        (tiny, False, 1e-5, 2 * 7),
+        (lambda: tiny(layers=1, dtype=torch.bfloat16), False, 3e-2, 7),
+        (lambda: tiny(layers=1), True, 3e-2, 7),
+        (under_a_budget, False, 1e-4, None),
+        pytest.param(lambda: under_a_budget(quantised=True), False, 1e-4, None, marks=pytest.mark.slow),
+        pytest.param(experts_under_a_budget, False, 1e-4, None, marks=pytest.mark.slow),
+    ],
+    ids=["fp32", "bf16", "autocast", "budget", "budget, quantised", "budget, experts"],
 )
-def test_a_whole_model_is_one_graph_that_changed_scores_do_not_compile_again(dtype, autocast, layers):
-    model = tiny(layers=layers, dtype=dtype)
+def test_a_whole_model_is_one_graph_that_changed_scores_do_not_compile_again(make, autocast, rounding, calls):
+    model = make()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for _ in range(3):
+    for step in range(3):
+        grow_budget(model, step, 3)
         expected = loss_and_gradients(model, model, autocast)
-        got = loss_and_gradients(compiled, model, autocast)
-        assert_close(got, expected, ROUNDING[torch.bfloat16 if autocast else dtype])
-        take_a_large_step(model)
+        assert_close(loss_and_gradients(compiled, model, autocast), expected, rounding)
+        take_a_large_step(model, changes_every_mask=calls is not None)
     assert counter.frame_count == 1
     called = [str(node.target) for node in counter.graphs[0].graph.nodes]
-    assert sum("masked_linear_by_ratio" in target for target in called) == layers * 7
+    assert calls is None or sum("masked_linear_by_ratio" in target for target in called) == calls
+
+
+@pytest.mark.slow
+@STILL_CALLED
+@pytest.mark.parametrize(
+    ("make", "target_modules"), [(lambda: make_llama(num_hidden_layers=1), "up_proj"), (mixture, "down_proj")]
+)
+def test_an_adapter_takes_several_graphs_and_later_steps_under_a_budget_make_no_more(make, target_modules):
+    base = make("Qwen3Moe") if make is mixture else make()
+    model = get_peft_model(base, MaskPeftConfig(target_modules=[target_modules], budget=0.05, task_type="CAUSAL_LM"))
+    scores = [p for p in model.parameters() if p.requires_grad]
+    optimizer, graphs = torch.optim.AdamW(scores, lr=1e-3), []
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter)
+    for step in range(3):
+        grow_budget(model, step, 3)
+        found = []
+        for forward in (compiled, model):
+            loss_and_gradients(forward, model)
+            found.append([p.grad.clone() for p in scores])
+        assert_close(*found, 1e-4)
+        graphs.append(counter.frame_count)
+        optimizer.step()
+    assert graphs == graphs[:1] * 3
 
 
 def checkpointed(model, use_reentrant):

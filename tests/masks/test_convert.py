@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
 from tiny_architectures import MODELS, gpt2, llama, names, state
+from tiny_mixtures import KINDS, mixture
 from torch import nn
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
@@ -34,31 +36,30 @@ class TestEveryArchitecture:
         masked = mask_model(copy.deepcopy(base), MaskConfig(keep_ratio=1.0))
         torch.testing.assert_close(masked(input_ids=tokens).logits, base(input_ids=tokens).logits)
 
-    def test_merging_gives_the_original_classes_with_kept_weights_bit_equal(self, kind, tokens):
-        base = MODELS[kind][0]().eval()
-        model = mask_model(copy.deepcopy(base), MaskConfig.paper(keep_ratio=0.7))
-        expected = state(base)
-        for name, module in masked_modules(model).items():
-            mask = module.mask()
-            is_conv = isinstance(base.get_submodule(name), Conv1D)
-            expected[f"{name}.weight"].masked_fill_(~(mask.t() if is_conv else mask), 0.0)
-        logits = model(input_ids=tokens).logits
-        assert merge_model(model) is model
-        assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
-        merged = state(model)
-        assert merged.keys() == expected.keys()
-        for name in merged:
-            assert torch.equal(merged[name].view(torch.int32), expected[name].view(torch.int32)), name
-        torch.testing.assert_close(model(input_ids=tokens).logits, logits)
+
+BASES = {name: make for name, (make, *_) in MODELS.items()} | {kind: partial(mixture, kind) for kind in KINDS}
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_merging_by_alpha_goes_that_far_from_the_base_to_the_masked_model(kind):
-    base = MODELS[kind][0]()
-    whole, part = (mask_model(copy.deepcopy(base), MaskConfig.paper(keep_ratio=0.7)) for _ in range(2))
-    expected, start, got = state(merge_model(whole)), state(base), state(merge_model(part, alpha=0.75))
-    assert any((expected[name] != start[name]).any() for name in start)
-    for name, weight in got.items():
+@pytest.mark.parametrize("kind", BASES)
+def test_merging_gives_the_original_classes_with_kept_weights_bit_equal(kind, tokens):
+    base = BASES[kind]().eval()
+    model, part = (mask_model(copy.deepcopy(base), MaskConfig.paper(keep_ratio=0.7)) for _ in range(2))
+    start, expected = state(base), state(base)
+    for name, module in masked_modules(model).items():
+        mask = module.mask()
+        is_conv = name not in expected and isinstance(base.get_submodule(name), Conv1D)
+        weight = expected[name if name in expected else f"{name}.weight"]
+        weight.masked_fill_(~(mask.t() if is_conv else mask), 0.0)
+    logits = model(input_ids=tokens).logits
+    assert merge_model(model) is model
+    assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in base.named_parameters()]
+    merged = state(model)
+    assert merged.keys() == expected.keys()
+    for name in merged:
+        assert torch.equal(merged[name].view(torch.int32), expected[name].view(torch.int32)), name
+    torch.testing.assert_close(model(input_ids=tokens).logits, logits)
+    for name, weight in state(merge_model(part, alpha=0.75)).items():  # that far from the base to the masked model
         exact = start[name].double() + 0.75 * (expected[name].double() - start[name].double())
         assert torch.equal(weight, exact.float()), name
 
@@ -99,13 +100,6 @@ def test_scores_depend_on_seed_and_name_not_on_what_else_is_masked():
     assert not torch.equal(alone, scores(seed=4))
     other = mask_model(llama(), MaskConfig.paper(seed=3)).model.layers[0].mlp.up_proj.scores
     assert not torch.equal(alone, other)
-
-
-def test_a_tied_head_stays_tied_to_the_embedding():
-    model = mask_model(llama(tie_word_embeddings=True), MaskConfig(target_modules="all-linear"))
-    assert not [name for name in names(model) if "lm_head" in name]
-    merge_model(model)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 # ---------------------------------------------------------------------------------------------- what is refused

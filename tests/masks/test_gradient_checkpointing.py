@@ -63,20 +63,6 @@ def test_a_trainable_embedding_still_gets_its_gradient_under_checkpointing(token
     assert all(layer.gradient_checkpointing for layer in model.model.layers)  # those below run backward too
 
 
-@pytest.mark.slow
-def test_a_masked_model_compiles_as_one_graph_and_checkpointing_switches_off_again(tokens):
-    model = mask_model(llama().train(), MaskConfig.paper(layers_to_transform=[1]))
-    expected = score_grads(model, tokens)
-    checkpoint_activations(model, True)
-    score_grads(model, tokens)
-    getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    model.zero_grad()
-    compiled(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-    for name, module in masked_modules(model).items():
-        torch.testing.assert_close(module.scores.grad, expected[name])
-
-
 def test_merging_takes_the_hooks_away(tokens):
     model = mask_model(llama().train(), MaskConfig.paper(layers_to_transform=[2]))
     merge_model(model)

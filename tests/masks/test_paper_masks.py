@@ -31,17 +31,11 @@ def test_masks_go_out_and_come_back(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.ones(64, 32)], r"expected a dictionary of masks, got list of 1 entries"),
         ({}, "expected a dictionary of masks, got dict of 0 entries"),
         ({1: torch.ones(64, 32)}, "expected modules' names as keys, got 1"),
         ({UP: 3}, rf"{UP} must be a dense matrix \(N, K\), got int"),
         ({UP: torch.ones(64)}, rf"{UP} must be a dense matrix \(N, K\), got Tensor of shape \(64,\)"),
-        ({UP: torch.full((64, 32), 0.5)}, f"{UP} must hold ones and zeros, got 2048 other values, 0.5 among them"),
         ({UP: torch.full((64, 32), torch.nan)}, f"{UP} must hold ones and zeros, got 2048 other values, nan among"),
-        (
-            {UP: torch.ones(1).expand(1 << 16, 1 << 16)},
-            r"expected every value of every mask in the file, got \d+ bytes for masks of 17179869184: save contiguous",
-        ),
         (
             dict.fromkeys(("a", "b", "c", "d"), torch.ones(64, 32)),
             r"expected every value of every mask in the file, got \d+ bytes for masks of 32768",
@@ -130,13 +124,3 @@ def test_masks_that_do_not_fit_leave_the_model_as_it_was(tmp_path):
         with pytest.raises(ValueError, match=message):
             import_paper_masks(model, tmp_path / "masks.pt")
         assert not masked_modules(model)
-
-
-def test_a_missing_file_and_a_plain_model_are_named(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match=r"none.pt: expected the masks.pt of the paper's code, got nothing there"
-    ):
-        read_paper_masks(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="model has no masked layers to save"):
-        write_paper_masks(make_llama(), tmp_path / "masks.pt")
-    assert list(tmp_path.iterdir()) == []

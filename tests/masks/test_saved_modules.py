@@ -45,14 +45,6 @@ def trained(**changes):
     return model
 
 
-def test_what_began_elsewhere_is_merged_whole_or_not_at_all():
-    model = trained()
-    with pytest.raises(ValueError, match="alpha must be 1 with modules_to_save, got 0.5 with score: the weights"):
-        merge_model(model, alpha=0.5)
-    assert masked_modules(model)
-    merge_model(model, alpha=1)
-
-
 @torch.no_grad()
 def logits(model):
     return model(IDS).logits

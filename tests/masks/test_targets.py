@@ -121,9 +121,7 @@ def test_all_linear_reaches_layers_outside_the_decoder_layers():
         ({"target_modules": "(q_proj"}, "regular expression for the full module name, and '.q_proj' is none"),
         ({"target_modules": ["self_attn"]}, r"names model.layers.0.self_attn \(LlamaAttention\), not a linear layer"),
         ({"target_modules": ["embed_tokens"]}, r"names model.embed_tokens \(Embedding\), not a linear layer"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "matches only the output embedding"),
         ({"target_modules": "lm_head"}, "matches only the output embedding"),
-        ({"layers_to_transform": 3}, r"must lie in 0 to 2 \(model.layers has 3 layers\), got 3"),
         ({"exclude_modules": ["mpl"]}, r"exclude_modules: 'mpl' matches no linear layer"),
         (
             {"target_modules": ["q_proj"], "exclude_modules": ["self_attn"]},

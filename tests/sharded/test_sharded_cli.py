@@ -23,8 +23,7 @@ def on_two(cli, *arguments):
 @pytest.mark.slow
 def test_two_processes_write_the_run_of_one(cli, tmp_path):
     more = ["train.eval_every=2", "train.keep_best=true", "checkpoint_minutes=0"]
-    code, output = cli("train", "--config", "config.yaml", *SHARDED, *more, "output_dir=one")
-    assert code == 0, output
+    output = cli.done("train", "--config", "config.yaml", *SHARDED, *more, "output_dir=one")
     assert "memory: sharded" in output
     codes, output = on_two(cli, "--config", "config.yaml", *SHARDED, *more, "output_dir=two")
     assert codes == [0, 0], output
@@ -39,8 +38,7 @@ def test_two_processes_write_the_run_of_one(cli, tmp_path):
 def test_one_process_goes_on_from_two(cli, tmp_path, monkeypatch):
     from mft.training.saver import Saver
 
-    code, output = cli("train", "--config", "config.yaml", *SHARDED, "output_dir=straight")
-    assert code == 0, output
+    cli.done("train", "--config", "config.yaml", *SHARDED, "output_dir=straight")
     after_step = Saver.after_step
 
     def stopping(self, runner, reports, ended=False):
@@ -55,7 +53,6 @@ def test_one_process_goes_on_from_two(cli, tmp_path, monkeypatch):
     checkpoint, _ = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert checkpoint.step == 2
     assert len(list(checkpoint.path.glob("shard-*"))) == COUNT
-    code, output = cli("train", "--resume", "run")
-    assert code == 0, output
+    output = cli.done("train", "--resume", "run")
     assert "goes on after step 2" in output
     assert_same_masks(tmp_path / "straight", tmp_path / "run")

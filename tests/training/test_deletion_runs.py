@@ -19,19 +19,31 @@ def never(*_, **__):
 BY_RATIO = ["mask.threshold=null", "mask.keep_ratio=0.8", "mask.sharpness=null", "mask.deletion_penalty=0"]
 
 
-@pytest.mark.parametrize("how", [["memory=layerwise"], BY_RATIO], ids=["layerwise", "ratio"])
+BUDGET = [*LEARN, "mask.budget=0.04", "mask.mode=magnitude", "train.steps=6", "mask.budget_ramp=0.9"]
+KILLED = {
+    "layerwise": [*ASKED, "memory=layerwise"],
+    "ratio": [*ASKED, *BY_RATIO],
+    "budget": BUDGET,
+    "budget, layerwise": [*BUDGET, "memory=layerwise"],
+}
+
+
+@pytest.mark.parametrize("how", KILLED)
 def test_a_killed_run_goes_on_bit_for_bit_without_a_look_at_the_data(cli, tmp_path, monkeypatch, how):
-    """Flips too: they count from the first masks, which with a ratio come from the data; `mft inspect` lacks these."""
-    few = [*ASKED, *how, "checkpoint_minutes=0"]
-    output = cli.done("train", *few, "output_dir=straight")
-    killed_after(cli, 4, "train", *few)
+    """Flips too: they count from the first masks, which with a ratio come from the data; `mft inspect` lacks these.
+
+    Under a budget the run goes on from a step within the ramp.
+    """
+    few = [*KILLED[how], "checkpoint_minutes=0"]
+    cli.done("train", *few, "output_dir=straight")
+    killed_after(cli, 3, "train", *few)
     monkeypatch.setattr("mft.training.run.init_from_data", never)
     output = cli.done("train", "--resume", "run")
     assert events_of(tmp_path / "run", timed=False) == events_of(tmp_path / "straight", timed=False)
     assert_same_masks(tmp_path / "run", tmp_path / "straight")
-    assert output.split("% of the mask's bits flipped")[0].split()[-1] != "0.00"
+    assert "budget" in how or output.split("% of the mask's bits flipped")[0].split()[-1] != "0.00"
     unknown = "flips are unknown: mask.init=wanda initialised the scores from data, with mask.keep_ratio=0.8"
-    assert (unknown in cli("inspect", "run")[1]) == (how is BY_RATIO)
+    assert (unknown in cli("inspect", "run")[1]) == (how == "ratio")
 
 
 def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_path, monkeypatch):

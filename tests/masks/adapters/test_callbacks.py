@@ -1,4 +1,4 @@
-"""transformers' Trainer and PEFT drop the same budget as train_masks, with the same threshold."""
+"""transformers' Trainer learns under a budget, and by the surrogate gradient, what train_masks does, also with PEFT."""
 
 import copy
 import json
@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft_masks import STILL_CALLED
 from tiny import make_llama, make_rows, train_by_trainer
 
 from mft.config import MaskConfig, TrainConfig
@@ -13,34 +14,76 @@ from mft.masks.budget import budget_of, grow_budget
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.peft import MaskPeftConfig, to_masked_model
 from mft.masks.peft_layers.layer import MaskTunerLayer
-from mft.masks.trainer_callbacks import BudgetCallback
+from mft.masks.trainer_callbacks import BudgetCallback, SharpnessCallback
 from mft.training.loop import train_masks
 from mft_kernels import unpack_mask
 from mft_kernels.ops.checks import NonFiniteScores
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT calls it
+pytestmark = STILL_CALLED
 
-STEPS, LR = 4, 1e-3
-MASK = {"target_modules": ["gate_proj", "up_proj"], "layers_to_transform": [1, 3], "budget": 0.03, "mode": "magnitude"}
-QUOTA = int(0.03 * 4 * 2048)
+STEPS, LR, NORM = 4, 1e-3, 1e-3
 EXACT = 1e-6
+LAYERS = {"layers_to_transform": [1, 3]}
+BUDGET = LAYERS | {"target_modules": ["gate_proj", "up_proj"], "budget": 0.03, "mode": "magnitude"}
+SHARP = LAYERS | {"target_modules": ["gate_proj"], "mode": "value", "threshold": 0.0}
+SHARP |= {"sharpness": [30.0, 300.0], "deletion_penalty": 2.0}
+# The masks, the callback, and the masks that an adapter learns without it.
+CASES = {
+    "budget": (BUDGET, BudgetCallback, {"budget_ramp": 0}),
+    "sharpness": (SHARP, SharpnessCallback, {"sharpness": 30.0}),
+}
+QUOTA = int(0.03 * 4 * 2048)
 BATCH = {name: torch.tensor(make_rows(2)[name]) for name in ("input_ids", "labels")}
 
 
-def ours(**changes):
+def masked(mask):
+    return mask_model(make_llama(), MaskConfig(**mask))
+
+
+def ours(mask):
     """Train by train_masks; each step takes all four rows."""
-    model = mask_model(make_llama(), MaskConfig(**MASK | changes))
-    settings = {"schedule": "constant", "warmup_ratio": 0, "betas": (0.9, 0.999)}  # the Trainer's
+    model = masked(mask)
+    settings = {"schedule": "constant", "warmup_ratio": 0, "max_grad_norm": NORM, "betas": (0.9, 0.999)}
     train_masks(model, make_rows(4), TrainConfig(lr=LR, steps=STEPS, batch_size=2, accumulation=2, **settings))
     return model
 
 
 def by_trainer(model, directory, *callbacks):
-    return train_by_trainer(model, directory, *callbacks, max_steps=STEPS, learning_rate=LR, max_grad_norm=0.0)
+    return train_by_trainer(model, directory, *callbacks, max_steps=STEPS, learning_rate=LR, max_grad_norm=NORM)
 
 
-def adapted(**changes):
-    return get_peft_model(make_llama(), MaskPeftConfig(**MASK | changes, task_type="CAUSAL_LM"))
+def adapted(mask=BUDGET, **changes):
+    return get_peft_model(make_llama(), MaskPeftConfig(**mask | changes, task_type="CAUSAL_LM"))
+
+
+def assert_same(one, other):
+    for a, b in zip(masked_modules(one).values(), masked_modules(other).values(), strict=True):
+        assert (a.scores - b.scores).abs().max() <= EXACT
+        assert torch.equal(a.mask(), b.mask())
+
+
+def farthest(one, other):
+    pairs = zip(masked_modules(one).values(), masked_modules(other).values(), strict=True)
+    return max((a.scores - b.scores).abs().max().item() for a, b in pairs)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_peft_and_a_masked_model_learn_as_train_masks(kind, tmp_path):
+    mask, callback, _ = CASES[kind]
+    expected = ours(mask)
+    assert_same(to_masked_model(by_trainer(adapted(mask), tmp_path, callback())), expected)
+    model = by_trainer(masked(mask), tmp_path, callback())
+    assert_same(model, expected)
+    assert not any(module.scores._backward_hooks for module in masked_modules(model).values())
+    assert farthest(model, masked(mask)) > 100 * EXACT
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_without_the_callback_an_adapter_has_the_whole_budget_or_the_first_sharpness(kind, tmp_path):
+    mask, _, changes = CASES[kind]
+    model = to_masked_model(by_trainer(adapted(mask), tmp_path))
+    assert_same(model, ours(mask | changes))
+    assert farthest(model, ours(mask)) > 10 * EXACT
 
 
 def layers_of(model):
@@ -51,29 +94,6 @@ def dropped(model, name="default"):
     """Return the number of dropped weights by layer, in the masks that PEFT computes with."""
     masks = [layer.current_mask(name, "weight") for layer in layers_of(model)]
     return [int((~unpack_mask(mask, (64, 32))).sum()) for mask in masks]
-
-
-def assert_same(one, other):
-    for a, b in zip(masked_modules(one).values(), masked_modules(other).values(), strict=True):
-        assert (a.scores - b.scores).abs().max() <= EXACT
-        assert torch.equal(a.mask(), b.mask())
-
-
-def test_peft_learns_as_train_masks(tmp_path):
-    model = by_trainer(adapted(), tmp_path, BudgetCallback())
-    assert sum(dropped(model)) == QUOTA
-    assert_same(to_masked_model(model), ours())
-
-
-def test_without_the_callback_an_adapter_drops_its_budget_from_the_first_step(tmp_path):
-    model = adapted()
-    assert sum(dropped(model)) == QUOTA
-    assert_same(to_masked_model(by_trainer(model, tmp_path)), ours(budget_ramp=0))
-
-
-def test_a_masked_model_learns_as_train_masks(tmp_path):
-    model = mask_model(make_llama(), MaskConfig(**MASK))
-    assert_same(by_trainer(model, tmp_path, BudgetCallback()), ours())
 
 
 def test_a_layer_sees_what_was_written_into_another():
@@ -94,6 +114,7 @@ def test_a_layer_sees_what_was_written_into_another():
 
 def test_a_saved_adapter_drops_the_same(tmp_path):
     model = by_trainer(adapted(), tmp_path / "run", BudgetCallback())
+    assert sum(dropped(model)) == QUOTA
     model.save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(make_llama(), tmp_path / "adapter")
     assert budget_of(loaded.peft_config["default"]).share == 0.03
@@ -120,7 +141,7 @@ def test_scores_that_are_not_finite_name_their_layer_whichever_asks():
 
 
 @pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile])
-@pytest.mark.parametrize("make", [lambda: mask_model(make_llama(), MaskConfig(**MASK)), adapted])
+@pytest.mark.parametrize("make", [lambda: masked(BUDGET), adapted])
 def test_the_budget_of_a_wrapped_model_grows(make, wrap):
     model = make()
     quota = []
@@ -137,3 +158,16 @@ def test_an_adapter_from_before_a_budget_was_a_bound_keeps_the_rule_that_it_bega
     assert values.pop("fill_budget") is True
     path.write_text(json.dumps(values))
     assert MaskPeftConfig.from_pretrained(str(tmp_path)).fill_budget is True
+
+
+def test_scores_that_peft_has_loaded_learn_by_the_surrogate_gradient_too():
+    """PEFT may replace them by other parameters."""
+    model, plain = adapted(SHARP), adapted(SHARP, sharpness=None, deletion_penalty=0.0)
+    layer, straight = (layers_of(each)[0].mft_scores for each in (model, plain))
+    model(**BATCH).loss.backward()
+    first = layer["default"].grad
+    layer["default"] = torch.nn.Parameter(layer["default"].detach().clone())
+    model(**BATCH).loss.backward()
+    assert torch.equal(layer["default"].grad, first)
+    plain(**BATCH).loss.backward()
+    assert not torch.equal(straight["default"].grad, first)

@@ -12,16 +12,15 @@ import torch
 from peft import (
     PeftModel,
     convert_to_lora,
-    get_base_model_state_dict,
     get_peft_model,
     save_as_lora,
 )
-from peft_masks import STILL_CALLED, UP, assert_same, config, layers, two_masks, with_masks
+from peft_masks import STILL_CALLED, TWO, UP, assert_same, config, layers, two_masks, with_masks
 from tiny import TOKENS, logits, make_llama
 from tiny_architectures import state
 from torch import nn
 
-from mft import MaskConfig, mask_model
+from mft import MaskConfig, mask_model, merge_model, merged_weights
 
 pytestmark = STILL_CALLED
 
@@ -29,22 +28,40 @@ pytestmark = STILL_CALLED
 # ---------------------------------------------------------------------------------------------- several masks
 
 
-@pytest.mark.parametrize("keep_ratio", [0.5, 0.0])
-def test_adapters_are_switched_and_share_the_frozen_weights(keep_ratio):
-    base = make_llama()
-    address = base.get_submodule(UP).weight.data_ptr()
-    model = get_peft_model(base, config())
-    first = logits(model)
-    model.add_adapter("other", config(layers_to_transform=[1, 2], keep_ratio=keep_ratio, seed=1))
-    assert torch.equal(logits(model), first)
+@pytest.mark.parametrize(("kind", "keep_ratio"), [("llama", 0.5), ("llama", 0.0), ("experts", 0.5)])
+def test_masks_are_switched_and_deleted_on_weights_that_are_shared(kind, keep_ratio):
+    make, first, second = TWO[kind]
+    base, second = make(), second | {"keep_ratio": keep_ratio}
+    addresses = {p.data_ptr() for p in base.parameters()}
+    model = get_peft_model(base, config(**first)).eval()
+    masked = logits(model)
+    model.add_adapter("other", config(**second))
+    assert torch.equal(logits(model), masked)
     model.set_adapter("other")
-    alone = mask_model(make_llama(), MaskConfig.paper(layers_to_transform=[1, 2], keep_ratio=keep_ratio, seed=1))
+    alone = mask_model(make(), MaskConfig.paper(**second))
     assert torch.equal(logits(model), logits(alone))
-    trained = {name.rpartition(".mft_scores.")[2] for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"other"}
+    assert_same(dict(merged_weights(model)), state(merge_model(alone)))
+    assert all(".mft_scores.other" in name for name, p in model.named_parameters() if p.requires_grad)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(make()))
     model.set_adapter("default")
-    assert torch.equal(logits(model), first)
-    assert model.get_submodule(f"base_model.model.{UP}").weight.data_ptr() == address
+    assert torch.equal(logits(model), masked)
+    assert addresses == {p.data_ptr() for name, p in model.named_parameters() if "mft_scores" not in name}
+    model.delete_adapter("other")
+    assert list(model.peft_config) == ["default"] == model.active_adapters
+    assert not any("other" in name for name, _ in model.named_parameters())
+    assert torch.equal(logits(model), masked)
+    with pytest.raises(ValueError, match="Adapter other does not exist"):
+        model.delete_adapter("other")
+    unloaded = model.unload()
+    assert_same(state(unloaded), state(make()))
+    assert [type(module) for module in unloaded.modules()] == [type(module) for module in make().modules()]
+
+
+def test_without_any_mask_it_is_the_base():
+    model = with_masks()
+    model.delete_adapter("default")
+    assert torch.equal(logits(model.base_model), logits(make_llama()))
 
 
 def test_disable_adapter_gives_the_output_of_the_base_bit_for_bit():
@@ -66,24 +83,32 @@ def test_several_active_masks_are_refused():
     assert model.active_adapters == ["default"]
 
 
-def test_each_row_of_a_batch_takes_the_mask_that_it_names():
-    model, names = two_masks(), ["other", "__base__", "default"]
+@pytest.mark.parametrize("kind", TWO)
+def test_each_row_of_a_batch_takes_the_mask_that_it_names(kind):
+    model, names = two_masks(kind), ["other", "__base__", "default"]
     alone = []
     for row, name in enumerate(names):
         if name != "__base__":
             model.set_adapter(name)
         with model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
-            alone.append(logits(model)[row])
-    assert not any(torch.equal(alone[0], other) for other in alone[1:])
+            alone.append(logits(model, TOKENS[row : row + 1])[0])
+    found = logits(model, adapter_names=names)
+    torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-6)
+    assert (found - logits(model)).abs().amax((1, 2)).gt(1e-3).tolist() == [True, True, False]
+    hooked = [name for name, module in model.named_modules() if module._forward_pre_hooks]
+    assert hooked == ["base_model.model.lm_head"]  # the hook of models/head_input.py
     with torch.no_grad():
-        found = model(input_ids=TOKENS, adapter_names=names).logits
-        torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-6)
-        for layer in layers(model):
-            if "default" in layer.mft_scores:
-                layer.mft_scores["default"].copy_(layer.mft_scores["default"].flip(0))  # the write takes effect
-        assert not torch.equal(model(input_ids=TOKENS, adapter_names=names).logits[2], found[2])
-        with model.disable_adapter():
-            assert torch.equal(model(input_ids=TOKENS, adapter_names=names).logits, logits(make_llama()))
+        for layer in (m for m in model.modules() if "default" in getattr(m, "mft_scores", ())):
+            for scores in layer.scores_of("default").values():
+                scores.copy_(scores.flip(0))  # the write takes effect
+    assert not torch.equal(logits(model, adapter_names=names)[2], found[2])
+    with model.disable_adapter():
+        assert torch.equal(logits(model, adapter_names=names), logits(TWO[kind][0]()))
+    with pytest.raises(ValueError, match="adapter_names must have one entry per row .*, got 2 of them and an input"):
+        logits(model, adapter_names=names[:2])
+    model.merge_adapter(["other"])
+    with pytest.raises(ValueError, match=r"no mask merged into them, got 'other' in .*: unmerge_adapter\(\) first"):
+        logits(model, adapter_names=["default"] * 3)
 
 
 def test_rows_with_masks_of_their_own_generate_what_each_alone_does():
@@ -103,31 +128,12 @@ def test_rows_name_masks_that_there_are_of_a_model_that_infers():
     model, names = two_masks(), ["default", "other", "othre"]
     with pytest.raises(ValueError, match="among default, other, __base__, got 'othre'; did you mean other"):
         model(input_ids=TOKENS, adapter_names=names)
-    with pytest.raises(ValueError, match=r"adapter_names must have one entry per row of a batch .*, got 2 of them"):
-        model(input_ids=TOKENS, adapter_names=names[:2])
     with pytest.raises(
         TypeError, match="adapter_names must be a list with one name per row of the batch, got 'default'"
     ):
         model(input_ids=TOKENS, adapter_names="default")
-    model.merge_adapter(["other"])
-    with pytest.raises(ValueError, match=r"no mask merged into them, got 'other' in .*: unmerge_adapter\(\) first"):
-        model(input_ids=TOKENS, adapter_names=["default"] * 3)
     with pytest.raises(ValueError, match=r"got a model in training mode: model.eval\(\)"):
         model.train()(input_ids=TOKENS, adapter_names=["default"] * 3)
-
-
-def test_a_deleted_mask_is_gone_and_the_others_stay():
-    model = with_masks()
-    model.add_adapter("other", config(seed=1))
-    first = logits(model)
-    model.delete_adapter("other")
-    assert list(model.peft_config) == ["default"] == model.active_adapters
-    assert not any("other" in layer.mft_scores or "other" in layer.mft_config for layer in layers(model))
-    assert torch.equal(logits(model), first)
-    with pytest.raises(ValueError, match="Adapter other does not exist"):
-        model.delete_adapter("other")
-    model.delete_adapter("default")
-    assert torch.equal(logits(model.base_model), logits(make_llama()))
 
 
 def test_deleting_the_active_mask_activates_another():
@@ -138,16 +144,6 @@ def test_deleting_the_active_mask_activates_another():
         model.delete_adapter("other")
     assert model.active_adapters == ["default"]
     assert torch.equal(logits(model), logits(with_masks()))
-
-
-def test_unload_gives_the_base_back():
-    base = two_masks().unload()
-    assert_same(state(base), state(make_llama()))
-    assert [type(module) for module in base.modules()] == [type(module) for module in make_llama().modules()]
-
-
-def test_the_state_of_the_base_is_found_under_its_own_names():
-    assert_same(get_base_model_state_dict(two_masks()), state(make_llama()))
 
 
 # ---------------------------------------------------------------------------------------------- merging

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tiny import WORDS, make_llama, masked_llama
+from tiny_ways import scores_of
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -22,10 +23,6 @@ def make_rows(count=10, length=12):
     ids = [[(7 * row + i) % POISONED for i in range(length)] for row in range(count)]
     labels = [[-100] * (row % 3 * 2) + values[row % 3 * 2 :] for row, values in enumerate(ids)]
     return Dataset.from_dict({"input_ids": ids, "labels": labels})
-
-
-def scores_of(model):
-    return {name: module.scores.detach().clone() for name, module in masked_modules(model).items()}
 
 
 def run(model, path, rows=None, *, resume=None, optimizer=None, optimizers=(None, None), callbacks=None, **changes):

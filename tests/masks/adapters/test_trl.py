@@ -5,11 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from peft_masks import STILL_CALLED, assert_same, layers
+from peft_masks import STILL_CALLED, assert_same, scores
 from tiny import make_llama
 from transformers import AutoTokenizer
 
-from mft import MaskConfig, mask_model, masked_modules, merged_weights, unmasked_model
+from mft import MaskConfig, mask_model, merged_weights, unmasked_model
 from mft.masks.peft import MaskPeftConfig
 from mft.models.block_attention import NAME as IN_BLOCKS
 from mft.models.block_attention import SHORT
@@ -82,9 +82,6 @@ def answer(text):
 
 CHATS = datasets.Dataset.from_list([{"messages": [question(i), answer(f"It is {2 * i}.")]} for i in range(8)])
 PROMPTS = datasets.Dataset.from_list([{"prompt": [question(i)]} for i in range(8)])
-COMPLETED = datasets.Dataset.from_list(
-    [{"prompt": [question(i)], "completion": [answer(f"It is {2 * i}.")]} for i in range(8)]
-)
 PREFERENCES = datasets.Dataset.from_list(
     [{"prompt": [question(i)], "chosen": [answer(f"It is {2 * i}.")], "rejected": [answer("No.")]} for i in range(8)]
 )
@@ -115,12 +112,6 @@ def long_words(completions, **_):
     return [float(len(message["content"])) for (message,) in completions]
 
 
-def scores(model):
-    """Return the scores by module, whether PEFT or mask_model made them."""
-    found = {layer.module_name: layer.mft_scores["default"].detach().clone() for layer in layers(model)}
-    return found or {name: module.scores.detach().clone() for name, module in masked_modules(model).items()}
-
-
 def trained(trainer, **options):
     trainer.train(**options)
     found = scores(trainer.model)
@@ -145,21 +136,6 @@ def assert_close(found, expected):
     start = scores(ours())
     for name, value in expected.items():
         assert (found[name] - value).norm() <= 1e-3 * (value - start[name]).norm(), name
-
-
-def scored_text(trainer, words):
-    row = trainer.train_dataset[0]
-    return words.decode([label for label in row["labels"] if label != -100]), words.decode(row["input_ids"])
-
-
-def test_what_the_assistant_says_and_its_end_is_scored_alone(tmp_path, words, caplog):
-    whole = "<|user|>\nWhat is 0 plus 0?\n<|assistant|>\nIt is 0.<|im_end|>"
-    assert scored_text(sft(tmp_path, words), words) == ("It is 0.<|im_end|>", whole)
-    assert scored_text(sft(tmp_path, words, rows=COMPLETED), words) == ("It is 0.<|im_end|>", whole)
-    everything = sft(tmp_path, words, assistant_only_loss=False)
-    assert scored_text(everything, words) == (whole, whole)
-    assert "may not learn to stop" not in caplog.text
-    assert "is not a prefix" not in caplog.text
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", IN_BLOCKS])

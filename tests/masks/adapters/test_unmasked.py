@@ -62,10 +62,6 @@ def test_on_a_quantised_base_it_is_quantised(masked):
         assert torch.equal(logits(made), logits(mixed))
 
 
-def trained_head():
-    return mask_model(make_llama(), MaskConfig(modules_to_save=["lm_head"]))
-
-
 def hooked():
     model = masked_llama()
     model.model._hf_hook = object()
@@ -74,7 +70,6 @@ def hooked():
 
 REFUSED = {
     "no mask": (make_llama, "must have masked layers, got a LlamaForCausalLM without"),
-    "modules_to_save": (trained_head, r"must train scores alone.*got 1 other parameters \(lm_head.weight, ...\)"),
     "dispatched": (hooked, "must lie on one device, got hooks of accelerate's at model: "),
 }
 

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from tiny_mixtures import WORDS, mixture
+from banks import assert_generates_what_each_row_alone_does
+from tiny_mixtures import WORDS, logits, mixture
 
 from mft.config import MaskConfig
 from mft.masks.bank import load_mask_bank
@@ -35,6 +36,10 @@ def exports_of(base, root):
     return found
 
 
+def outputs(model, ids=TOKENS):
+    return logits(model, ids)
+
+
 class Case:
     def __init__(self, kind, root):
         self.base = mixture(kind, initializer_range=0.3)
@@ -58,11 +63,6 @@ def olmoe(tmp_path_factory):
     return Case("Olmoe", tmp_path_factory.mktemp("olmoe"))
 
 
-@torch.no_grad()
-def logits(model, ids=TOKENS):
-    return model(input_ids=ids, use_cache=False).logits
-
-
 def block(model, layer=1):
     return model.model.layers[layer].mlp
 
@@ -75,11 +75,11 @@ def test_a_task_computes_what_its_masks_alone_do(case):
     assert any(isinstance(module, BankedGroupedLinear) for module in bank.model.modules())
     for task in (*TASKS, None):
         with bank.use(task):
-            found.append(logits(bank.model))
+            found.append(outputs(bank.model))
         if task is not None:  # only "code" masks all experts; the others' whole ones are multiplied in another order
             exact = {"rtol": 0, "atol": 0} if task == "code" else NOISE
-            torch.testing.assert_close(found[-1], logits(case.alone(task)), **exact)
-    torch.testing.assert_close(found[-1], logits(case.base), **NOISE)
+            torch.testing.assert_close(found[-1], outputs(case.alone(task)), **exact)
+    torch.testing.assert_close(found[-1], outputs(case.base), **NOISE)
     assert all((found[i] - found[j]).abs().max() > 1e-2 for i in range(4) for j in range(i))
 
 
@@ -90,34 +90,18 @@ def test_each_row_of_a_mixed_batch_takes_its_own_masks_or_the_model_is_named(cas
             pytest.raises(ValueError, match=r"tasks must have one entry per row .* the model flattens rows"),
             bank.use(MIXED),
         ):
-            logits(bank.model)
+            outputs(bank.model)
         return
     with bank.use(MIXED):
-        found = logits(bank.model)
+        found = outputs(bank.model)
     for row, task in enumerate(MIXED):
-        torch.testing.assert_close(found[row : row + 1], logits(case.alone(task), TOKENS[row : row + 1]), **NOISE)
+        torch.testing.assert_close(found[row : row + 1], outputs(case.alone(task), TOKENS[row : row + 1]), **NOISE)
     with bank.use(["code"] * 6):
-        torch.testing.assert_close(logits(bank.model), logits(case.alone("code")), **NOISE)
+        torch.testing.assert_close(outputs(bank.model), outputs(case.alone("code")), **NOISE)
 
 
 def test_a_mixed_batch_generates_what_each_row_alone_does(olmoe):
-    bank = olmoe.bank()
-    prompts = [TOKENS[row, : 2 + row].tolist() for row in range(len(MIXED))]
-    longest = max(map(len, prompts))
-    padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    with bank.use(MIXED):
-        found = bank.model.generate(padded, attention_mask=padded.ne(0).long(), **options)[:, longest:]
-    told = set()
-    for row, task in enumerate(MIXED):
-        prompt = torch.tensor([prompts[row]])
-        alone, bare = (
-            model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, len(prompts[row]) :].tolist()
-            for model in (olmoe.alone(task), olmoe.base)
-        )
-        assert found[row].tolist() == alone
-        told |= {task} if alone != bare else set()
-    assert told == set(TASKS)  # the masks decide what is generated
+    assert_generates_what_each_row_alone_does(olmoe.bank(), olmoe.alone, MIXED, TOKENS, 2)
 
 
 # ---------------------------------------------------------------------------------------------- the bank
@@ -131,7 +115,7 @@ def test_tasks_are_added_removed_and_joined_and_weights_shared(olmoe):
     assert list(experts.layers()) == ["down_proj"]
     with bank.use("chat"):
         bank.add("code", olmoe.exports["code"])  # it masks gate_up_proj too, which gets a module of its own
-        torch.testing.assert_close(logits(model), logits(olmoe.alone("chat")), **NOISE)
+        torch.testing.assert_close(outputs(model), outputs(olmoe.alone("chat")), **NOISE)
     assert list(experts.layers()) == ["down_proj"]
     layers = block(model).experts.layers()
     assert sorted(layers) == ["down_proj", "gate_up_proj"]
@@ -143,7 +127,7 @@ def test_tasks_are_added_removed_and_joined_and_weights_shared(olmoe):
     bank.remove("chat")
     assert set(layers["down_proj"].masks) == {"code", both}
     with bank.use("code"):
-        assert torch.equal(logits(model), logits(olmoe.alone("code")))
+        assert torch.equal(outputs(model), outputs(olmoe.alone("code")))
 
 
 def test_a_copy_takes_the_banks_choices_and_refuses_what_came_later(olmoe):
@@ -152,20 +136,10 @@ def test_a_copy_takes_the_banks_choices_and_refuses_what_came_later(olmoe):
     bank.add("math", olmoe.exports["math"])
     for tasks in ("code", ["code", None] * 3):
         with bank.use(tasks):
-            assert torch.equal(logits(copied), logits(bank.model))
+            assert torch.equal(outputs(copied), outputs(bank.model))
     for tasks in ("math", ["code", "math"] * 3):
         with pytest.raises(ValueError, match=r"that this copy .*holds \(code\), got 'math'"), bank.use(tasks):
             block(copied)(torch.randn(6, 7, 32))
-
-
-def test_a_cast_takes_the_masks_along_as_bits(olmoe):
-    bank = olmoe.bank()
-    bank.model.to(torch.bfloat16)
-    assert {mask.dtype for layer in block(bank.model).experts.layers().values() for mask in layer.masks.values()} == {
-        torch.int32
-    }
-    with bank.use(MIXED):
-        assert logits(bank.model).dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------------------------------------- what is refused
@@ -176,7 +150,7 @@ def test_tokens_that_are_not_all_of_the_rows_are_not_guessed(olmoe):
     experts = block(bank.model).experts
     assert isinstance(experts, BankedExperts)
     with pytest.raises(RuntimeError, match=r"must be called under bank.use\(task\)"):
-        logits(bank.model)
+        outputs(bank.model)
     with pytest.raises(ValueError, match=r"got 5 of them and an input of \(6, 7, 32\)"), bank.use(["code"] * 5):
         block(bank.model)(torch.randn(6, 7, 32))
     chosen, weights = torch.zeros(12, 2, dtype=torch.long), torch.ones(12, 2)
@@ -196,4 +170,4 @@ def test_experts_whose_rows_come_sorted_are_refused_though_there_is_one_for_each
     made = mixture("JetMoe", num_experts_per_tok=1)
     bank = load_mask_bank(copy.deepcopy(made), {"code": save_masks(mask_model(made, masks), tmp_path / "code")})
     with pytest.raises(ValueError, match=r"got 6 of them and an input of \(42, 48\)"), bank.use([None, "code"] * 3):
-        logits(bank.model)
+        outputs(bank.model)

@@ -13,8 +13,6 @@ from benchmarks.memory.tracker import MemoryTracker
 from mft.config import QUANTIZATIONS, MaskConfig
 from mft.masks.base_pass import as_base
 from mft.masks.convert import mask_model, masked_modules
-from mft.masks.export import base_hash, load_masks, save_masks
-from mft.masks.export_format import read_export
 from mft.masks.quantize import QuantizedMaskedGroupedLinear, _quantize_masked, quantize_model
 from mft.masks.unmasked import unmasked_model
 from mft.models.codes.experts import QuantizedGroupedLinear, dense_experts
@@ -158,17 +156,6 @@ def test_one_of_two_projections_masked_leaves_the_other_to_be_quantised():
     masked = masked_modules(model)
     model(input_ids=TOKENS).logits.sum().backward()
     assert all(layer.scores.grad.any() for layer in masked.values())
-
-
-def test_an_export_says_on_which_base_the_masks_were_learned(tmp_path):
-    model = mixture(layers=[2])
-    exact = base_hash(model)
-    quantize_model(model, "int8", masked=True)
-    out = logits(model)
-    export = read_export(save_masks(model, tmp_path / "export"))
-    assert (export.base_quantization, export.quantize_masked, export.base_hash) == ("int8", True, exact)
-    loaded = load_masks(mixture(), tmp_path / "export").requires_grad_(False)
-    assert torch.equal(logits(quantize_model(loaded, "int8", masked=True)), out)
 
 
 def test_what_cannot_be_quantised_is_named_and_what_learns_left_alone():
