@@ -93,9 +93,8 @@ def write_gguf(model, path, kind="F32", tied=False):
     return path
 
 
-def read_gguf(path):
-    dense = GgufConfig(dequantize=True)
-    options = {"gguf_file": path.name, "dtype": torch.float32, "quantization_config": dense}
+def read_gguf(path, dtype=torch.float32):
+    options = {"gguf_file": str(path), "dtype": dtype, "quantization_config": GgufConfig(dequantize=True)}
     return AutoModelForCausalLM.from_pretrained(path.parent, **options).eval()
 
 
@@ -125,7 +124,7 @@ def _describe(writer, config):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(64)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     if config.model_type == "qwen3_moe":
         writer.add_key_length(64)
         writer.add_value_length(64)

@@ -322,21 +322,12 @@ def contents(run: Path) -> dict[str, bytes]:
 def _warm_up(work: Path) -> None:
     """Do once what every child would need: import, compile, fill caches. No thread starts, so a fork is safe."""
     import torch
-    from tiny import WORDS, save_llama
-    from tiny_run import run_main
+    from tiny_run import run_main, write_run
 
     torch.set_num_threads(1)
+    learn = "train: {lr: 1e-2, epochs: null, steps: 2, batch_size: 2}\n"
     with contextlib.redirect_stderr(io.StringIO()):  # hides a progress bar
-        save_llama(work / "model")
-    lines = [json.dumps({"text": " ".join(str(1 + (i * 7 + j) % (WORDS - 1)) for j in range(20))}) for i in range(30)]
-    (work / "data.jsonl").write_text("\n".join(lines) + "\n")
-    (work / "config.yaml").write_text(
-        f"model: {{name: {work / 'model'}, dtype: float32}}\n"
-        f"data: {{source: {work / 'data.jsonl'}, sequence_length: 12}}\n"
-        "mask: {layers_to_transform: 2-3, keep_ratio: 0.8}\n"
-        "train: {lr: 1e-2, epochs: null, steps: 2, batch_size: 2}\n"
-        f"output_dir: {RUN}\ncheckpoint_minutes: 0\n"
-    )
+        write_run(work, f"checkpoint_minutes: 0\nmask: {{layers_to_transform: 2-3, keep_ratio: 0.8}}\n{learn}")
     import matplotlib.figure
 
     # Drawing takes two fifths of a run and touches no file: plots stay blank here, test_resume_cli.py compares drawn

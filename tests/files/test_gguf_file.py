@@ -1,40 +1,17 @@
 """GGUF files from strangers: whatever their bytes, the whole model loads or one error names the file."""
 
 import os
-import random
 import shutil
 import struct
 
 import pytest
-from limits import assert_named, cpu_seconds
+from limits import assert_named, cpu_seconds, damages
 from tiny_gguf import write_tiny_gguf
 
 from mft.config import ModelConfig
 from mft.models.pretrained import load_model
 
 TRIES = int(os.environ.get("MFT_FUZZ", "300")) // 5
-
-
-def damages(content, header, count):
-    """Yield ``count`` damaged files, most of them in the header: (what was done, the bytes)."""
-    chance = random.Random(0)
-    eights = [b"\xff" * 8, bytes(8), struct.pack("<Q", 1 << 40), struct.pack("<Q", 1 << 31)]
-    for number in range(count):
-        damaged, place = bytearray(content), chance.randrange(header)
-        what = ("cut off", "flipped", "set", "count", "removed", "inserted")[number % 6]
-        if what == "cut off":
-            del damaged[chance.choice([place, chance.randrange(len(content))]) :]
-        elif what == "flipped":
-            damaged[place] ^= 1 << chance.randrange(8)
-        elif what == "set":
-            damaged[place] = chance.randrange(256)
-        elif what == "count":
-            damaged[place : place + 8] = chance.choice(eights)
-        elif what == "removed":
-            del damaged[place : place + chance.randrange(1, 9)]
-        else:
-            damaged[place:place] = chance.randbytes(chance.randrange(1, 9))
-        yield f"{number}: {what} at {place}", bytes(damaged)
 
 
 @pytest.fixture

@@ -106,20 +106,12 @@ def test_whatever_value_a_study_takes_is_valid(validators, tmp_path, cls, name):
         ("train: {stpes: 1}", ["train"]),
         ("train: 3", ["train"]),
         ("train: {steps: 1.5}", ["train", "steps"]),
-        ("train: {steps: 0}", ["train", "steps"]),
-        ("train: {lr: 0}", ["train", "lr"]),
-        ("train: {lr: fast}", ["train", "lr"]),
         ("train: {betas: [0.9]}", ["train", "betas"]),
         ("train: {betas: [0.9, 1]}", ["train", "betas", 1]),
         ("train: {batch_size: true}", ["train", "batch_size"]),
-        ("data: {packing: yes}", ["data", "packing"]),
-        ("data: {sequence_length: 1}", ["data", "sequence_length"]),
-        ("data: {seed: -1}", ["data", "seed"]),
         ("data: {source: ''}", ["data", "source"]),
         ("data: {sources: {a: {source: x, weight: 0}}}", ["data", "sources", "a", "weight"]),
         ("data: {sources: {a: {weight: 1}}}", ["data", "sources", "a"]),
-        ("model: {name: 7}", ["model", "name"]),
-        ("model: {dtype: bf16}", ["model", "dtype"]),
         ("model: {quantization: nf5}", ["model", "quantization"]),
         ("mask: {keep_ratio: 90}", ["mask", "keep_ratio"]),
         ("mask: {target_modules: [1]}", ["mask", "target_modules"]),
@@ -177,12 +169,6 @@ def test_an_editor_shows_comments_choices_and_defaults(validators):
     whole = validators["study"].schema["properties"]["extensions"]["description"]  # a comment of several lines
     assert whole.startswith("Further settings that an arm may try")
     assert whole.endswith("rates beside it are three.")
-
-
-def test_what_there_is_no_schema_of_is_named():
-    result = CliRunner().invoke(app, ["schema", "studdy"])
-    assert result.exit_code == 2
-    assert "what must be one of run, study, got 'studdy'; did you mean study?" in result.output
 
 
 def marked(validator, values):

@@ -4,18 +4,16 @@ llama.cpp's converter brings its own gguf and is not installed next to ours. If 
 convert_hf_to_gguf.py, it converts SmolLM2 itself; for every Llama it imports sentencepiece, which we do not need.
 """
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
-from safetensors.torch import load_file
+from gguf_models import read_gguf, write_gguf
 from tiny_gguf import write_tiny_gguf
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft.config import MaskConfig, ModelConfig
 from mft.masks.convert import mask_model, masked_modules, merge_model
@@ -56,12 +54,10 @@ def test_a_merged_model_gives_its_logits_in_plain_transformers(tiny_llama, token
 def test_the_files_of_a_merged_model_are_all_that_a_gguf_file_of_equal_logits_needs(
     tiny_llama, tokenizer, tmp_path, dtype
 ):
-    merged = merge_model(mask_model(tiny_llama, MASK))
+    merged = merge_model(mask_model(tiny_llama, MASK)).to(dtype).float()
     directory = save_model(merged, tokenizer, tmp_path / "merged")
-    write_gguf(directory, tmp_path / "merged.gguf", dtype)
-    with torch.no_grad():
-        for parameter in merged.parameters():
-            parameter.copy_(parameter.to(dtype))
+    kind = {torch.float32: "F32", torch.float16: "F16"}[dtype]
+    write_gguf(AutoModelForCausalLM.from_pretrained(directory), tmp_path / "merged.gguf", kind, tied=True)
     assert_same_model(read_gguf(tmp_path / "merged.gguf"), merged)
 
 
@@ -102,38 +98,3 @@ def test_a_file_of_the_same_name_in_the_working_directory_is_not_read_instead(tm
     model, _ = load_model(ModelConfig("elsewhere/model.gguf", dtype="float32"))
     found = model.model.layers[0].mlp.down_proj.weight
     assert torch.equal(found, read_gguf(tmp_path / "elsewhere" / "model.gguf").model.layers[0].mlp.down_proj.weight)
-
-
-def read_gguf(path, dtype=torch.float32):
-    dense = GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=str(path), dtype=dtype, quantization_config=dense
-    ).eval()
-
-
-def write_gguf(directory, path, dtype):
-    """Write a Llama like llama.cpp's converter: names from gguf's table, rows of q and k in its order for rotations."""
-    config = json.loads((directory / "config.json").read_text())
-    assert config["architectures"] == ["LlamaForCausalLM"]
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_vocab_size(config["vocab_size"])
-    for name, tensor in load_file(directory / "model.safetensors").items():
-        count = heads.get(name.split(".")[-2])
-        if count is not None:
-            tensor = tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).reshape(tensor.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.to(dtype).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

@@ -49,32 +49,33 @@ def llama():
     return make_llama(vocab_size=4096)  # the head has more weights than attention's products have elements
 
 
-def test_a_frozen_head_is_not_copied_for_each_row_of_a_masked_model(llama):
-    head = llama.lm_head.weight.numel()
-    masked = mask_model(llama, MaskConfig())
-    assert largest_operand(lambda: generate(masked)) < head
-    assert largest_operand(lambda: generate(copy.deepcopy(masked))) < head
-    merged = merge_model(masked)
-    assert not any(module._forward_pre_hooks for module in merged.modules())
+def adapted(model):
+    return get_peft_model(model, MaskPeftConfig(layers_to_transform=[3], task_type="CAUSAL_LM"))
 
 
-def test_nor_of_a_quantised_one(llama):
-    head = llama.lm_head.weight.numel()
-    quantized = quantize_model(llama.requires_grad_(False), "int8")
-    assert largest_operand(lambda: generate(quantized)) < head
+def masked(model):
+    return mask_model(model, MaskConfig())
+
+
+@pytest.mark.parametrize(
+    ("make", "undone"),
+    [
+        (masked, merge_model),
+        (lambda model: copy.deepcopy(masked(model)), merge_model),
+        (lambda model: quantize_model(model.requires_grad_(False), "int8"), None),
+        (adapted, lambda model: model.merge_and_unload()),
+    ],
+    ids=["masked", "copied", "quantised", "peft"],
+)
+def test_a_frozen_head_is_not_copied_for_each_row(llama, make, undone):
+    head, model = llama.lm_head.weight.numel(), make(llama)
+    assert largest_operand(lambda: generate(model)) < head
+    if undone is not None:
+        assert not any(module._forward_pre_hooks for module in undone(model).modules())
 
 
 def test_nor_of_a_model_that_the_recipe_lets_answer(llama):
-    head = llama.lm_head.weight.numel()
     frozen = llama.requires_grad_(False)
-    settings = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0)
-    with generating(frozen, settings):
-        assert largest_operand(lambda: continue_prompts(PROMPTS, frozen, 0)) < head
+    with generating(frozen, GenerationConfig(**OPTIONS)):
+        assert largest_operand(lambda: continue_prompts(PROMPTS, frozen, 0)) < llama.lm_head.weight.numel()
     assert not any(module._forward_pre_hooks for module in frozen.modules())
-
-
-def test_nor_of_a_mask_under_peft(llama):
-    head = llama.lm_head.weight.numel()
-    adapted = get_peft_model(llama, MaskPeftConfig(layers_to_transform=[3], task_type="CAUSAL_LM"))
-    assert largest_operand(lambda: generate(adapted)) < head
-    assert not any(module._forward_pre_hooks for module in adapted.merge_and_unload().modules())

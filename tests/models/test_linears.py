@@ -104,14 +104,6 @@ def test_dense_layers_and_sparse_ones_beside_each_other():
     ]
 
 
-def test_a_weight_tied_to_another_layer_is_refused():
-    model = llama()
-    model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj: its weight is tied to model.layers.2.mlp.up_proj.wei"):
-        mask_model(model, MaskConfig())
-    assert names(mask_model(model, MaskConfig(layers_to_transform=1)))
-
-
 def test_a_layer_used_in_two_places_is_refused():
     model = llama()
     model.model.layers[2].mlp.up_proj = model.model.layers[0].mlp.up_proj

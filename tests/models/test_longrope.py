@@ -1,10 +1,12 @@
 """Rows of models whose rotary frequencies depend on the longest row: each row is as if alone, or is refused."""
 
-from itertools import chain
+from functools import partial
 
+import packed
 import pytest
 import torch
 from datasets import Dataset
+from packed import words
 from tiny import make_phi3
 from tiny_architectures import SIZES
 from transformers import (
@@ -72,21 +74,7 @@ def make(name="phi3"):
     return MODELS[name]().eval()
 
 
-def words(*lengths):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 60, (n,), generator=generator).tolist() for n in lengths]
-
-
-def rows_of(*members):
-    """Return a row for each list of examples, padded to LENGTH."""
-    rows = {"input_ids": [], "labels": [], "starts": []}
-    for examples in members:
-        ids = [*chain(*examples)]
-        padding = LENGTH - len(ids)
-        rows["input_ids"].append(ids + [0] * padding)
-        rows["labels"].append([*chain(*([-100, *each[1:]] for each in examples))] + [-100] * padding)
-        rows["starts"].append([sum(map(len, examples[:i])) for i in range(len(examples))])
-    return Dataset.from_dict(rows | {"document": list(range(len(members)))})
+rows_of = partial(packed.rows_of, length=LENGTH)
 
 
 def single_rows(*examples):

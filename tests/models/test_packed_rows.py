@@ -1,8 +1,10 @@
 """Examples packed into one row: each is as if it were alone, in every way of running, or the model is refused."""
 
+from itertools import chain
+
 import pytest
 import torch
-from datasets import Dataset
+from packed import rows_of, words
 from tiny import make_llama, masked_llama
 from tiny_architectures import MODELS, SIZES
 from transformers import BloomConfig, BloomForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
@@ -34,33 +36,20 @@ def gemma3():
 FAMILIES = {name: MODELS[name][0] for name in ("llama", "qwen3", "gpt2")} | {"gemma3": gemma3}
 
 
-def examples_of(lengths):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 60, (n,), generator=generator).tolist() for row in lengths for n in row]
+def members_of(lengths):
+    """Return a list of examples for each row."""
+    examples = iter(words(*chain(*lengths)))
+    return [[next(examples) for _ in row] for row in lengths]
 
 
 def packed_rows(lengths=LENGTHS):
-    """Return a row for each list of lengths."""
-    examples, rows = iter(examples_of(lengths)), {"input_ids": [], "labels": [], "starts": []}
-    for members in ([next(examples) for _ in row] for row in lengths):
-        ids, labels, starts = [], [], []
-        for member in members:
-            starts.append(len(ids))
-            ids += member
-            labels += [-100, *member[1:]]
-        padding = LENGTH - len(ids)
-        rows["input_ids"].append(ids + [0] * padding)
-        rows["labels"].append(labels + [-100] * padding)
-        rows["starts"].append(starts)
-    return Dataset.from_dict(rows | {"document": list(range(len(lengths)))})
+    return rows_of(*members_of(lengths), length=LENGTH)
 
 
 def single_rows(lengths=LENGTHS):
     """Return a row for each example that has something to score."""
-    examples = [example for example in examples_of(lengths) if len(example) > 1]
-    ids = [example + [0] * (LENGTH - len(example)) for example in examples]
-    labels = [example + [-100] * (LENGTH - len(example)) for example in examples]
-    return Dataset.from_dict({"input_ids": ids, "labels": labels, "document": list(range(len(ids)))})
+    examples = [example for example in chain(*members_of(lengths)) if len(example) > 1]
+    return rows_of(*([example] for example in examples), length=LENGTH).remove_columns("starts")
 
 
 def losses_and_gradients(model, batches):
@@ -88,7 +77,7 @@ def test_a_packed_row_gives_each_example_what_it_gets_alone(family, attention, m
         logits = head_of(model)(run_decoder(model, batch.input_ids, batch.position_ids))
         strangers = head_of(model)(run_decoder(model, batch.input_ids))
         for row, starts in enumerate(rows["starts"]):
-            for start, example in zip(starts, [e for e in _members(row)]):
+            for start, example in zip(starts, members_of(LENGTHS)[row]):
                 alone = model(torch.tensor([example])).logits[0]
                 assert torch.allclose(logits[row, start : start + len(example)], alone, rtol=0, atol=3e-6)
                 assert start == 0 or not torch.allclose(strangers[row, start : start + len(example)], alone, atol=1e-4)
@@ -98,11 +87,6 @@ def test_a_packed_row_gives_each_example_what_it_gets_alone(family, attention, m
     assert ours == pytest.approx(alone, rel=1e-5)
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max(), name
-
-
-def _members(row):
-    first = sum(len(lengths) for lengths in LENGTHS[:row])
-    return examples_of(LENGTHS)[first : first + len(LENGTHS[row])]
 
 
 @pytest.mark.parametrize("layers", [(0, 2), (2, 3)], ids=["all layers trained", "frozen layers remembered"])
@@ -193,12 +177,6 @@ MASKS = {
     "over a border": (torch.block_diag(torch.eye(3), torch.eye(3)) + torch.diag(torch.ones(1), -5), [(0, 6, False)]),
     "nothing": (torch.zeros(6, 6), [(0, 6, False)]),
 }
-
-
-@pytest.mark.parametrize("name", MASKS)
-def test_blocks_are_the_smallest_that_no_token_looks_out_of(name):
-    mask, expected = MASKS[name]
-    assert block_attention._blocks_of_row(mask.bool()) == expected
 
 
 @pytest.mark.parametrize("name", [name for name in MASKS if name != "nothing"])

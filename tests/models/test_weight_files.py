@@ -76,23 +76,6 @@ def test_weights_read_from_files_are_those_of_from_pretrained(name, dtype, tmp_p
     assert all(torch.equal(buffers[key], buffer) for key, buffer in model.named_buffers())
 
 
-@pytest.mark.parametrize("name", ["mixtral", "llama"])
-def test_rows_are_read_without_the_others(name, tmp_path, monkeypatch):
-    saved(tmp_path, name)
-    files = weight_files(both(tmp_path)[1])
-    key = {"mixtral": "model.layers.0.mlp.experts.gate_up_proj", "llama": "model.layers.0.mlp.up_proj.weight"}[name]
-    seen, read = [], type(files)._load
-
-    def load(self, model, slices, device):
-        seen.extend(piece[...].numel() for piece in slices.values())
-        return read(self, model, slices, device)
-
-    monkeypatch.setattr(type(files), "_load", load)
-    assert sum(seen) == 0
-    rows = files.read(key, 1, 2)
-    assert sum(seen) == rows.numel()
-
-
 @pytest.mark.parametrize("present", ["head alone", "both, equal", "both, different"])
 def test_ties_follow_the_files(present, tmp_path):
     saved(tmp_path, "tied", size="1GB")

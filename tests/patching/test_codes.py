@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 from gguf_models import quantized
 
-from mft.patching.codes import CODES, TQ1_0, code_of
+from mft.patching.codes import CODES, code_of
 
 ROWS, WIDTH = 8, 1536
 
@@ -73,19 +73,6 @@ def test_a_number_that_is_nan_becomes_0(kind):
     data, _ = stored(kind)
     data[:] = 255
     assert decoded(CODES[kind].cleared(data, np.array([0])), kind)[0] == 0
-
-
-def test_every_byte_of_tq1_0_keeps_its_other_digits():
-    tables = TQ1_0().fields()[0].tables
-
-    def digits(byte):
-        return [(int(byte) * power % 256) * 3 >> 8 for power in (1, 3, 9, 27, 81)]
-
-    for byte in range(256):
-        for place in range(5):
-            expected = digits(byte)
-            expected[place] = 1
-            assert digits(tables[place][byte]) == expected
 
 
 @pytest.mark.parametrize(

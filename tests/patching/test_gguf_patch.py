@@ -4,8 +4,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import resource
-import shutil
 
 import gguf
 import pytest
@@ -158,10 +156,6 @@ class TestTheBase:
     def test_a_quantisation_of_ones_own_is_held_against_the_base(self, model, tmp_path):
         path = write_gguf(model, tmp_path / "model.gguf", "Q4_0")
         masks = save_masks(mask_model(make("llama"), MaskConfig(keep_ratio=0.9)), tmp_path / "masks")
-        with pytest.raises(
-            ValueError, match=r"must hold the weights .* give the model to compare it with \(load_base\)"
-        ):
-            patch_gguf(path, masks, tmp_path / "out.gguf")
         words = patch_gguf(path, masks, tmp_path / "out.gguf", load_base=lambda: model).base
         assert "a quantisation of the base of the masks: shapes agree, and the correlation of weights is 0.99" in words
 
@@ -184,18 +178,6 @@ class TestTheBase:
         path = write_gguf(model, tmp_path / "model.gguf", kind)
         words = patch_gguf(path, masks, tmp_path / "out.gguf", load_base=lambda: model).base
         assert words == f"{path} is the base of the masks, rounded to {kind}"
-
-    def test_another_model_is_refused_unless_it_is_forced(self, model, tmp_path):
-        other = make("llama")
-        with torch.no_grad():
-            other.model.layers[1].mlp.up_proj.weight.normal_(generator=torch.Generator().manual_seed(7))
-        path = write_gguf(other, tmp_path / "model.gguf", "Q8_0")
-        masks = save_masks(mask_model(make("llama"), MaskConfig(keep_ratio=0.9)), tmp_path / "masks")
-        with pytest.raises(
-            ValueError, match=r"weights of model.layers.1.mlp.up_proj whose correlation with its weights is"
-        ):
-            patch_gguf(path, masks, tmp_path / "out.gguf", load_base=lambda: model)
-        assert "was not compared with it" in patch_gguf(path, masks, tmp_path / "out.gguf", force=True).base
 
     def test_rows_in_another_order_are_refused(self, model, tmp_path):
         """In a Llama's file with q and k in the wrong order, the correlation is that of unrelated weights."""
@@ -243,21 +225,6 @@ class TestNothingIsLost:
         patch_gguf(path, masks, tmp_path / "out.gguf")
         assert names_in(tmp_path) == ["masks", "model.gguf", "out.gguf", "out.gguf.undo"]
 
-    def test_a_full_disk_leaves_nothing(self, q8, tmp_path):
-        path, masks = q8
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        before = sha256(path)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size // 2, limits[1]))
-        try:
-            with pytest.raises(
-                OSError, match=r"out.gguf could not be written \(File too large\): see that the disk has"
-            ):
-                patch_gguf(path, masks, tmp_path / "out.gguf")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert names_in(tmp_path) == ["masks", "model.gguf"]
-        assert sha256(path) == before
-
     @pytest.mark.parametrize("left", range(3))
     def test_a_disk_that_is_full_at_a_sync_leaves_nothing(self, q8, tmp_path, monkeypatch, left):
         """The syncs are those of the undo file, of the patched file, and of their directory. left: those that work."""
@@ -277,13 +244,6 @@ class TestNothingIsLost:
         assert names_in(tmp_path) == ["masks", "model.gguf"]
         monkeypatch.setattr(os, "fsync", sync)
         patch_gguf(path, masks, tmp_path / "out.gguf")
-
-    def test_an_undo_file_that_does_not_fit_on_the_disk_leaves_nothing(self, q8, tmp_path, monkeypatch):
-        path, masks = q8
-        monkeypatch.setattr(patching.Rewrite, "undo", lambda self: (_ for _ in ()).throw(OSError(28, "No space left")))
-        with pytest.raises(OSError, match=r"could not be written \(No space left\)"):
-            patch_gguf(path, masks, tmp_path / "out.gguf")
-        assert names_in(tmp_path) == ["masks", "model.gguf"]
 
     def test_a_directory_that_is_not_there_is_named(self, q8, tmp_path):
         path, masks = q8
@@ -325,41 +285,6 @@ class TestNothingIsLost:
         assert out.read_bytes() == content
         assert not (tmp_path / "back.gguf").exists()
 
-    def test_an_undo_without_its_file_says_where_it_lies(self, q8, tmp_path):
-        path, _ = q8
-        with pytest.raises(
-            FileNotFoundError, match=r"model.gguf.undo: the undo file that mft patch writes must lie next to"
-        ):
-            undo_gguf_patch(path, tmp_path / "back.gguf")
-
-    def test_a_cut_off_model_is_refused(self, q8, tmp_path):
-        path, masks = q8
-        path.write_bytes(path.read_bytes()[:-3000])
-        with pytest.raises(
-            ValueError, match=r"bytes of tensors, where \d+ are left: damaged or cut off, copy it again"
-        ):
-            patch_gguf(path, masks, tmp_path / "out.gguf")
-
-    def test_a_model_that_is_not_there_is_named(self, q8, tmp_path):
-        masks = q8[1]
-        with pytest.raises(
-            FileNotFoundError, match=r"modle.gguf must be a GGUF file that exists.*did you mean .*model.gguf"
-        ):
-            patch_gguf(tmp_path / "modle.gguf", masks, tmp_path / "out.gguf")
-
-    def test_a_scale_that_is_infinite_is_refused_by_its_tensor(self, q8, tmp_path):
-        path, masks = q8
-        tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.ffn_up.weight")
-        content = bytearray(path.read_bytes())
-        for block in range(tensor.data_offset, tensor.data_offset + tensor.n_bytes, 34):
-            content[block : block + 2] = b"\x00\x7c"
-        path.write_bytes(content)
-        with pytest.raises(
-            ValueError, match=r"blk.1.ffn_up.weight must have finite scales where weights are dropped, got"
-        ):
-            patch_gguf(path, masks, tmp_path / "out.gguf", force=True)
-        assert names_in(tmp_path) == ["masks", "model.gguf"]
-
 
 def test_a_file_whose_padding_is_not_0_comes_back_to_the_bit(model, tmp_path):
     path = write_gguf(model, tmp_path / "model.gguf", "Q4_1")
@@ -371,14 +296,3 @@ def test_a_file_whose_padding_is_not_0_comes_back_to_the_bit(model, tmp_path):
     out = patch_gguf(path, masks, tmp_path / "out.gguf", widen="f32").path
     undo_gguf_patch(out, tmp_path / "back.gguf")
     assert sha256(tmp_path / "back.gguf") == sha256(path)
-
-
-def test_a_copy_of_a_patched_file_comes_back_with_a_copy_of_its_undo_file(q8, tmp_path):
-    path, masks = q8
-    out = patch_gguf(path, masks, tmp_path / "out.gguf").path
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    for name in ("out.gguf", "out.gguf.undo"):
-        shutil.copy(tmp_path / name, elsewhere / name)
-    undo_gguf_patch(elsewhere / out.name, elsewhere / "back.gguf")
-    assert sha256(elsewhere / "back.gguf") == sha256(path)

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import os
-import random
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from gguf_models import make, mask_of, write_gguf
+from limits import damages
 
 from mft.patching.patch import patch_gguf, undo_gguf_patch
 from mft.patching.undo_file import Facts, Undo, read_undo, undo_path
@@ -51,31 +51,13 @@ def patched(tmp_path_factory):
     return patch_gguf(path, masks, directory / "out.gguf", widen="f32").path
 
 
-def damages(content, count):
-    chance = random.Random(0)
-    header = 8 + int.from_bytes(content[:8], "little")
-    for number in range(count):
-        damaged, place = bytearray(content), chance.randrange(header if number % 2 else len(content))
-        match number % 5:
-            case 0:
-                del damaged[place:]
-            case 1:
-                damaged[place] ^= 1 << chance.randrange(8)
-            case 2:
-                damaged[place : place + 8] = chance.randbytes(8)
-            case 3:
-                del damaged[place : place + chance.randrange(1, 9)]
-            case _:
-                damaged[place:place] = chance.randbytes(chance.randrange(1, 9))
-        yield bytes(damaged)
-
-
 def test_a_damaged_undo_file_gives_the_original_or_one_error_that_names_it(patched, tmp_path):
     original = undo_gguf_patch(patched, tmp_path / "original.gguf").read_bytes()
     content = undo_path(patched).read_bytes()
     refused = 0
     try:
-        for number, damaged in enumerate(damages(content, TRIES // 3)):
+        header = 8 + int.from_bytes(content[:8], "little")
+        for number, (_, damaged) in enumerate(damages(content, header, TRIES // 3)):
             undo_path(patched).write_bytes(damaged)
             target = tmp_path / f"{number}.gguf"
             try:
