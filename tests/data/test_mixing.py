@@ -90,14 +90,6 @@ def test_each_source_holds_out_its_own_documents_under_numbers_of_their_own(toke
     assert len(few.train) == 10
 
 
-def test_configurations_without_a_mix_keep_the_names_of_their_rows(tokenizer, write, monkeypatch):
-    splits = load_splits(DataConfig(source=write(chats(3)), sequence_length=64, packing=False), tokenizer)
-    assert "source" not in splits.train.column_names
-    monkeypatch.setattr("mft.data.splits._LATER", {"sources": None})
-    other = load_splits(DataConfig(source=write(chats(3)), sequence_length=64, packing=False), tokenizer)
-    assert other.key != splits.key
-
-
 @pytest.mark.parametrize(
     ("texts", "message"),
     [

@@ -93,12 +93,6 @@ def test_chats_are_pairs_too_and_long_ones_are_left_out_and_counted(own_cache, w
     assert len(row["starts"]) == 2
 
 
-def test_pairs_are_refused_unless_asked_for(own_cache, write, tokenizer):
-    config = DataConfig(write(pairs()), sequence_length=64)
-    with pytest.raises(ValueError, match="data must not be preference pairs .* unless .*: set objective.name=dpo"):
-        load_splits(config, tokenizer)
-
-
 def test_pairs_beside_messages_are_pairs_where_they_are_asked_for(own_cache, write, tokenizer):
     """HuggingFaceH4/ultrafeedback_binarized has such rows."""
     rows = [{**row, "messages": [*PROMPT, {"role": "assistant", "content": f"{i}"}]} for i, row in enumerate(pairs())]

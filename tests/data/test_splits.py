@@ -11,7 +11,7 @@ from chats import chat, chats
 from mft.config import DataConfig
 from mft.data import split_rows, splits
 from mft.data.split_rows import pad_of, warn_of_few
-from mft.data.splits import _LATER, load_splits
+from mft.data.splits import load_splits
 from mft.data.tokenization import IGNORED, open_documents
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -74,7 +74,6 @@ def test_what_is_cut_or_left_out_is_said(tokenizer, write):
     ("rows", "message"),
     [
         ([], "data.source '{path}' must hold examples, got an empty train split"),
-        ([{"text": "same"}] * 9, "must have more than 2 different examples to split off validation and test, got 1"),
         (
             [{"query": "a", "reply": "b"}, {"texts": "x"}],
             "data must have a column messages or conversations, columns prompt and completion, instruction and output "
@@ -135,14 +134,6 @@ def test_a_split_of_its_own_needs_no_share(tokenizer, write, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- the cache
-
-
-def test_keys_that_came_later_do_not_change_the_key_of_rows_while_they_have_their_defaults():
-    first = "source subset split validation_split sequence_length packing assistant_only max_train_tokens "
-    first += "max_eval_tokens seed"
-    defaults = dataclasses.asdict(DataConfig())
-    assert defaults.keys() - _LATER.keys() == set(first.split())
-    assert _LATER.items() <= defaults.items()
 
 
 def test_a_second_start_reads_the_cache_and_a_changed_file_does_not(tokenizer, write, monkeypatch):

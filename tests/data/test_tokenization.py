@@ -27,16 +27,10 @@ def test_a_long_text_is_tokenised_in_pieces_that_end_where_lines_do(tokenizer, m
         documents = open_documents(records, tokenizer, assistant_only=True)
         return {i: example.ids.tolist() for i, example in documents.encoded(range(len(rows)))}
 
-    whole, sizes = ids(), []
+    whole = ids()
     monkeypatch.setattr(tokenization, "PIECE", 100)
 
-    def spied(texts, *arguments, _tokens=tokenization._tokens, **options):
-        sizes.append(sum(map(len, texts)))
-        return _tokens(texts, *arguments, **options)
-
-    monkeypatch.setattr(tokenization, "_tokens", spied)
     pieces = ids()
-    assert max(sizes) <= 100
     cut = pieces.pop(3)
     assert whole.pop(3) != cut  # a single word, which the cuts divide
     assert tokenizer.decode(cut[:-1]) == texts[3]

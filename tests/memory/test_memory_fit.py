@@ -7,7 +7,7 @@ from known_shapes import LOCAL, SEVEN, SEVENTY
 
 from mft.config import WAYS
 from mft.memory.estimate import estimate
-from mft.memory.fit import RESERVE, choose, gigabytes
+from mft.memory.fit import choose, gigabytes
 from mft.memory.workload import Workload
 
 
@@ -96,23 +96,6 @@ def test_an_explicit_way_is_refused_if_it_does_not_fit():
     assert choice.reason.startswith(f"nothing fits: resident: needs {needed} (and 0.6 GB for the context) of 16.0 GB")
     assert choice.nearest == Workload(layers=LOCAL, memory="layerwise")
     assert choose(SEVEN, Workload(layers=LOCAL, memory="resident"), 24e9).way == "resident"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("gigabytes", "host"), [(24, 64), (12, 32), (8, 32), (6, 48)])
-def test_the_nearest_setting_fits(gigabytes, host):
-    workload = Workload(micro_batch=4, accumulation=32)
-    choice = choose(SEVEN, workload, gigabytes * 1e9, host * 1e9)
-    assert choice.way is None
-    near = choice.nearest
-    assert near is not None
-    again = choose(SEVEN, near, gigabytes * 1e9, host * 1e9)
-    assert again.way == near.memory
-    assert near.layers == workload.layers
-    assert near.sequence <= workload.sequence
-    found = again.estimates[near.memory]
-    assert found.device_peak + RESERVE["cuda"] <= gigabytes * 1e9
-    assert found.host_peak <= host * 1e9
 
 
 def test_smaller_micro_batches_are_the_first_thing_to_change():

@@ -32,27 +32,6 @@ def test_the_flip_curve_follows_training():
     assert curve.a_step == [share(masks[now], masks[then]) / (now - then) for now, then in since]
 
 
-def test_a_counter_goes_on_from_the_masks_of_the_step_counted_last():
-    model = masked_llama(init="magnitude")
-    initial = initial_masks(model)
-    straight, stopped = FlipCounter(model, initial, every=3), FlipCounter(model, initial, every=3)
-    resumed = FlipCounter(model, initial, every=3)
-
-    def on_step(report):
-        straight(report)
-        if report.step <= 4:
-            stopped(report)
-        if report.step == 4:
-            resumed.put_state(stopped.take_state())
-        if report.step > 4:
-            resumed(report)
-
-    train_masks(model, make_rows(), TrainConfig(lr=3e-3, steps=7), on_step=on_step)
-    assert resumed.curve.steps == [6, 7] == straight.curve.steps[1:]
-    assert resumed.curve.from_start == straight.curve.from_start[1:]
-    assert resumed.curve.a_step == straight.curve.a_step[1:]
-
-
 def test_the_last_step_of_a_run_that_ends_early_is_counted():
     model = masked_llama(init="magnitude")
     counter = FlipCounter(model, initial_masks(model), every=2)

@@ -6,8 +6,6 @@ import re
 import pytest
 from tiny_run import LEARN, events_of, steps
 
-from mft.config_file import load_config
-
 PAIRS = [{"prompt": f"{i} {i + 1}", "chosen": f" {i + 2} {i + 3}", "rejected": f" {i} {i}"} for i in range(1, 40)]
 
 
@@ -78,21 +76,6 @@ def test_distillation_and_kl_from_the_configuration(cli, tmp_path, model_dir):
 def test_a_teacher_with_other_words_is_refused(cli, model_dir, smollm2_dir):
     output = cli.refused("train", *LEARN, "objective.name=distill", f"objective.teacher={smollm2_dir}")
     assert "objective.teacher must have the vocabulary of" in output
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        (["objective.beta=0.1"], "must be null with the objective cross_entropy, got 0.1: it belongs to kl"),
-        (["objective.name=distill"], "objective.teacher must name a model for distill, got None"),
-        (["objective.name=dpoo"], "objective.name must be one of .*did you mean dpo"),
-        (["objective.name=dpo", "objective.label_smoothing=0.5"], r"label_smoothing must lie in \[0, 0.5\)"),
-        (["objective.name=kl", "mask.modules_to_save=[lm_head]"], "mask.modules_to_save must be null with the objec"),
-    ],
-)
-def test_keys_that_the_objective_does_not_read_are_refused(asked, message):
-    with pytest.raises(ValueError, match=message):
-        load_config(None, asked)
 
 
 def test_full_fine_tuning_has_no_base_to_hold_to(cli):

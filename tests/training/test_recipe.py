@@ -56,11 +56,6 @@ def test_training_chosen_weights_moves_them_alone():
     assert moved == [f"{name}.weight"]
 
 
-def test_masks_cannot_be_trained_where_there_are_none():
-    with pytest.raises(ValueError, match="found none: call mask_model"):
-        train_masks(make_llama(), make_rows(), TrainConfig(steps=1))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_four_micro_batches_give_the_gradient_of_one_batch(dtype, gradients_at_steps):
     """Also if rows score different numbers of tokens."""

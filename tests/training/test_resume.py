@@ -14,7 +14,6 @@ from tiny_run import assert_goes_on_bit_for_bit
 from mft.config import MaskConfig, TrainConfig
 from mft.masks.convert import mask_model
 from mft.masks.quantize import quantize_model
-from mft.models.frozen_layers import FrozenPrefix
 from mft.training.checkpoint import newest_checkpoint
 from mft.training.loop import finetune, train_masks
 from mft.training.saver import Saver, Stopped
@@ -73,17 +72,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name, batch):
     assert_goes_on_bit_for_bit(lambda model, **more: run(model, rows, train, **options, **more), make, tmp_path, FIRST)
 
 
-def test_a_run_without_its_checkpoint_would_differ(tmp_path):
-    """The comparison of the test above depends on the start."""
-    train, rows = settings(), make_rows(ROWS)
-    straight, other = masks(), masks()
-    train_masks(straight, rows, train)
-    with torch.no_grad():
-        other.get_submodule("model.layers.2.mlp.up_proj").scores.mul_(1.01)
-    train_masks(other, rows, train)
-    assert not equal(straight.state_dict(), other.state_dict())
-
-
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     train, rows = settings(steps=1), make_rows(ROWS)
     train_masks(masks(), rows, train, saver=Saver(tmp_path, math.inf))
@@ -137,20 +125,3 @@ def test_a_run_under_nohup_outlives_its_terminal(tmp_path, ending):
     reports = train_masks(masks(), make_rows(ROWS), settings(), on_step=hang_up, saver=Saver(tmp_path, math.inf))
     assert len(reports) == STEPS
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-
-
-def test_frozen_layers_are_run_in_the_groups_of_a_straight_run(tmp_path, monkeypatch):
-    """The last bits of a remembered row may depend on the rows in its batch."""
-    groups, run = [], FrozenPrefix._run_frozen_layers
-
-    def recording(self, input_ids, position_ids):
-        groups.append(input_ids.tolist())
-        return run(self, input_ids, position_ids)
-
-    monkeypatch.setattr(FrozenPrefix, "_run_frozen_layers", recording)
-    rows = make_rows(ROWS)
-    train_masks(masks(), rows, settings(), saver=Saver(tmp_path, math.inf))
-    straight = groups.copy()
-    groups.clear()
-    train_masks(masks(), rows, settings(), saver=Saver(tmp_path, math.inf, newest_checkpoint(tmp_path)[0]))
-    assert groups == straight

@@ -80,12 +80,6 @@ def test_a_run_is_not_overwritten_unasked(config):
     assert equal(again, first)
 
 
-def test_a_finished_run_does_not_go_on(config):
-    mft.run_train(config)
-    with pytest.raises(ValueError, match="must name a run that is not finished, run has its masks/ already"):
-        mft.run_train(mft.Resume("run"))
-
-
 def test_a_command_that_torchrun_starts_again_goes_on(config, monkeypatch, capsys):
     """Even one with overwrite: it has already overwritten the older run."""
     config.checkpoint_minutes = 0

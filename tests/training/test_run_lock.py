@@ -42,12 +42,6 @@ def test_a_lock_with_words_of_another_program_is_shown_as_it_is(tmp_path):
             pass
 
 
-def test_a_lock_that_a_killed_process_left_holds_nobody(tmp_path):
-    (tmp_path / LOCK).write_text("what it wrote")
-    with hold(tmp_path):
-        assert "what it wrote" not in (tmp_path / LOCK).read_text()
-
-
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_lock_that_is_a_link_is_refused_and_what_it_points_to_left_alone(tmp_path, exists):
     victim = tmp_path / "victim"

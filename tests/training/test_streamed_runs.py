@@ -102,9 +102,3 @@ def test_a_killed_run_of_the_command_line_goes_on_bit_for_bit_and_tells_of_each_
     assert f"{tables[0]['sources']['sums']['after']['loss']:.4f}" in output
     assert re.search(r"texts +6 ", output)
     assert re.search(r"sums +2 ", output)
-
-
-def test_epochs_of_a_stream_are_refused_before_anything_is_loaded(cli):
-    output = cli.refused("train", "data.streaming=true", "train.epochs=2")
-    assert "train.steps must be given with data.streaming, because the length of an epoch is unknown" in output
-    assert "validation" not in output

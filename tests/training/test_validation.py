@@ -17,7 +17,7 @@ from mft.training.best import Best
 from mft.training.checkpoint import newest_checkpoint
 from mft.training.loop import train_masks
 from mft.training.saver import Saver, Stopped
-from mft.training.validation import Standing, Validation, validation_message
+from mft.training.validation import Validation
 
 ROWS, HELD_OUT = make_rows(10), make_rows(6, seed=1)
 WAYS = [
@@ -232,13 +232,3 @@ def test_the_best_of_the_newest_checkpoint_stays_until_a_newer_one_knows_another
     found, _ = newest_checkpoint(tmp_path / "run")
     ended, standing = attempt(tmp_path / "run", make(), found)
     assert (ended[-1].step, standing) == (8, wanted)
-
-
-def test_what_is_said_of_an_evaluation_names_the_least_loss_and_the_patience_left():
-    result = evaluate(RUNS["weights"][0](), HELD_OUT)
-    train, standing = settings(eval_every=2, patience=3, min_delta=0.5), Standing(6, 4, 4.0, 4.0, 1)
-    assert validation_message(result, 6, standing, train).endswith(
-        "; least: 4.0000 at step 4 (1 of 3 without a lower one)"
-    )
-    standing.best, standing.without = 6, 0
-    assert validation_message(result, 6, standing, train).endswith(" % (66 tokens of 3 documents); the least so far")
