@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from interrupts import Before
+import torch
+from safetensors.torch import load_file
 from tiny_mixtures import mixture
 
 import mft
@@ -14,6 +15,44 @@ from mft.masks.in_place.model import as_masked, masks_in_place
 
 PARTS = ("masks/in_place/layer.py", "masks/in_place/model.py", "masks/experts.py", "engines/in_place")
 PRODUCT = tuple(str(Path(mft.__file__).parent / part) for part in PARTS)
+
+
+class Before:
+    """What a masked model was before its masks were in place."""
+
+    def __init__(self, model):
+        self.masked = mft.masked_modules(model)
+        self.weights = {name: module.weight.clone() for name, module in self.masked.items()}
+        self.state = _weights_in(model.state_dict())
+
+    def check_restored(self, model):
+        assert mft.masked_modules(model) == self.masked, "other layers are masked than before"
+        for name, module in self.masked.items():
+            assert torch.equal(module.weight, self.weights[name]), f"{name} has another weight"
+            assert module.scores.requires_grad, f"{name} does not train"
+        model.load_state_dict(model.state_dict())  # a layer that still was in place would refuse
+
+    def check_usable_or_refused(self, model, directory):
+        """Check that every use of a model that is not restored is right, or an error that names the remedy."""
+        for use in (mft.masked_modules, mft.in_place, mft.merge_model):
+            with pytest.raises(RuntimeError, match=r"call mft.leave_in_place\(model\)"):
+                use(model)
+        with contextlib.suppress(RuntimeError):
+            model.load_state_dict(model.state_dict())
+        found = _weights_in(model.state_dict())
+        assert found.keys() == self.state.keys(), "state_dict has other names"
+        assert all(torch.equal(tensor, self.state[name]) for name, tensor in found.items()), "state_dict lost a weight"
+        with contextlib.suppress(RuntimeError):
+            self.check_saved(mft.save_masks(model, directory))
+
+    def check_saved(self, directory):
+        saved = load_file(directory / "adapter_model.safetensors")
+        missing = [name for name in self.masked if not any(name in entry for entry in saved)]
+        assert not missing, f"save_masks left out {len(missing)} of {len(self.masked)} layers"
+
+
+def _weights_in(state):
+    return {name: tensor.clone() for name, tensor in state.items() if not name.endswith(("scores", "_extra_state"))}
 
 
 class Interrupts(contextlib.AbstractContextManager):
