@@ -207,7 +207,7 @@ def cli(model_dir, tmp_path, monkeypatch):
     cli.done(...) and cli.refused(...) return the output of a call that must exit with 0 or 2.
     """
     from tiny import counting_lines
-    from tiny_run import invoke
+    from tiny_run import expecting, invoke
 
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
@@ -222,15 +222,7 @@ def cli(model_dir, tmp_path, monkeypatch):
         options = ["--config", "config.yaml"] if own else []
         return invoke(verb, *options, *arguments)
 
-    def expect(code):
-        def called(*arguments):
-            found, output = call(*arguments)
-            assert found == code, output
-            return output
-
-        return called
-
-    call.done, call.refused = expect(0), expect(2)
+    call.done, call.refused = expecting(0, call), expecting(2, call)
     return call
 
 

@@ -33,11 +33,18 @@ def invoke(*arguments, lines=""):
     return result.exit_code, result.output
 
 
-def succeed(*arguments):
-    """Return what mft prints on these arguments; it must end well."""
-    code, output = invoke(*arguments)
-    assert code == 0, output
-    return output
+def expecting(code, call=invoke):
+    """Return a function that returns the output of ``call``, which must end with this exit code."""
+
+    def called(*arguments, **options):
+        found, output = call(*arguments, **options)
+        assert found == code, output
+        return output
+
+    return called
+
+
+succeed, refused = expecting(0), expecting(2)
 
 
 class Forked:

@@ -4,19 +4,18 @@ import functools
 import json
 
 import pytest
-from tiny_run import invoke
+from tiny_run import refused, succeed
 
 from mft.memory.rewards import rewards_memory, rewards_peak
 from mft.memory.shapes import known_config, shape_from_config
 
-call = functools.partial(invoke, "estimate")
+done, fails = functools.partial(succeed, "estimate"), functools.partial(refused, "estimate")
 QWEN = ("--config", "rewards-qwen2.5-0.5b", "--model", "qwen2.5-0.5b")
 STEP = {"answers": 64, "prompt": 1024, "completion": 400, "micro_batch": 4, "target_modules": ["gate_proj"]}
 
 
 def test_each_arm_holds_what_is_counted_of_what_it_learns():
-    code, output = call(*QWEN, "--gpu", "24GB", "--json")
-    assert code == 0, output
+    output = done(*QWEN, "--gpu", "24GB", "--json")
     found = json.loads(output)
     shape = shape_from_config(known_config("qwen2.5-0.5b"))
     learns = {"continued": "everything", "control": "weights", "LoRA": "adapters", "MFT": "scores"}
@@ -28,23 +27,20 @@ def test_each_arm_holds_what_is_counted_of_what_it_learns():
 
 
 def test_a_study_of_which_one_arm_does_not_fit_is_exit_code_2():
-    code, output = call(*QWEN, "--gpu", "12GB")
+    output = fails(*QWEN, "--gpu", "12GB")
     rows = {line.split()[0]: line.split() for line in output.splitlines() if line.strip()}
-    assert code == 2
     assert {arm: rows[arm][-1] for arm in ("continued", "control", "LoRA", "MFT")} == {
         **{"continued": "no", "control": "yes"},
         **{"LoRA": "yes", "MFT": "yes"},
     }
     assert "a step of 64 answers, at most 1024 tokens before each and 400 in it" in " ".join(output.split())
-    assert call(*QWEN, "--gpu", "12GB", "arms.continued.kind=control")[0] == 0
+    done(*QWEN, "--gpu", "12GB", "arms.continued.kind=control")
 
 
 def test_a_teacher_is_one_model_more_and_a_fine_tune_another():
     one = ["--config", "rewards", "--cpu", "1GB", "--json"]
-    code, output = call(*one)
-    arms, taught = json.loads(output)["arms"], json.loads(call(*one, "arms.MFT.teacher=continued")[1])["arms"]
-    assert code == 0
+    arms, taught = (json.loads(done(*one, *more))["arms"] for more in ((), ("arms.MFT.teacher=continued",)))
     weights = 4e-9 * 1_065_856  # the small Llama's
     assert taught["MFT"]["peak_gb"] - arms["MFT"]["peak_gb"] == pytest.approx(weights, rel=0.01)
     assert arms["MFT"]["gb"]["update"]["others"] == pytest.approx(weights, rel=0.01)
-    assert "others" not in json.loads(call(*QWEN, "--json", "--cpu", "24GB")[1])["arms"]["MFT"]["gb"]["update"]
+    assert "others" not in json.loads(done(*QWEN, "--json", "--cpu", "24GB"))["arms"]["MFT"]["gb"]["update"]

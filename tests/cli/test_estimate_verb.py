@@ -5,7 +5,7 @@ import json
 
 import pytest
 from known_shapes import LOCAL, SEVEN, SMALL
-from tiny_run import invoke
+from tiny_run import refused, succeed
 
 from mft.cli import estimate as estimate_command
 from mft.cli.estimate import parse_bytes
@@ -22,15 +22,14 @@ def this_machine(monkeypatch):
 
 
 PAPER = ("--sequence", "4096", "--accumulation", "128")  # the paper's row length, and rows per step
-call, call_paper = functools.partial(invoke, "estimate"), functools.partial(invoke, "estimate", *PAPER)
+done, fails = functools.partial(succeed, "estimate"), functools.partial(refused, "estimate")
 
 
 def test_the_verb_prints_a_table_and_the_choice():
-    code, output = call(
+    output = done(
         *("--model", "llama2-7b", "--layers", "4-7", *PAPER),
         *("--micro-batch", "1", "--memory", "auto", "--gpu", "24GB"),
     )
-    assert code == 0, output
     assert "llama2-7b, layers 4-7, 1 x 4096 tokens, on a GPU" in output
     assert "memory: resident. it is the fastest way that fits; plain cannot be taken" in output
     assert "quantized, which auto does not choose because it changes the base, would fit in 7.8 GB" in output
@@ -52,8 +51,9 @@ def test_the_verb_prints_a_table_and_the_choice():
 )
 def test_mixtures_on_a_card_of_24_gb(model, host, said):
     layers = ["--layers", "4-7"] if model.startswith("qwen") else []
-    code, output = call_paper("--model", model, "--gpu", "24GB", "--host", host, *layers)
-    assert code == (0 if said.startswith("memory: ") else 2)
+    output = (done if said.startswith("memory: ") else fails)(
+        *PAPER, "--model", model, "--gpu", "24GB", "--host", host, *layers
+    )
     assert said in output
 
 
@@ -61,26 +61,22 @@ def test_processes_share_the_machine_and_a_step():
     """With fewer micro-batches, each process needs less for boundaries, but has less memory than a single process."""
     asked = ("--model", "llama2-7b", "--layers", "4-7", "--memory", "layerwise", "--gpu", "24GB", "--host", "200GB")
     asked += ("--scores", "float32", "--moments", "float32")
-    assert call_paper(*asked)[0] == 0
-    code, output = call_paper(*asked, "--processes", "4", "--batches-at-once", "128")
-    assert code == 2
+    done(*PAPER, *asked)
+    output = fails(*PAPER, *asked, "--processes", "4", "--batches-at-once", "128")
     assert "needs 54.4 GB of the host's 50.0 GB" in output
-    code, output = call_paper(*asked, "--processes", "4")
-    assert code == 0
+    output = done(*PAPER, *asked, "--processes", "4")
     assert "16 of a step's 32 batches at once: the hidden states of more do not fit" in output
     assert "on a GPU, each of 4 processes; in GB" in output
     assert "4 processes on one machine: each runs at most 32 of a step's 128 micro-batches" in output
     assert "seconds, for 32 micro-batches per step, are not measured" in output
-    _, found = call_paper("--model", "llama2-7b", "--layers", "4-7", "--cpu", "200GB", "--processes", "4", "--json")
+    found = done(*PAPER, "--model", "llama2-7b", "--layers", "4-7", "--cpu", "200GB", "--processes", "4", "--json")
     assert json.loads(found)["device_limit_gb"] == 50
-    code, output = call(*asked, "--processes", "4", "--accumulation", "3")
-    assert code == 2
+    output = fails(*asked, "--processes", "4", "--accumulation", "3")
     assert "accumulation must be at least 4, the number of processes, each of which takes whole micro-batches" in output
 
 
 def test_json_has_the_numbers_of_the_estimate():
-    code, output = call_paper("--model", "llama2-7b", "--layers", "4-7", "--gpu", "24GB", "--json")
-    assert code == 0, output
+    output = done(*PAPER, "--model", "llama2-7b", "--layers", "4-7", "--gpu", "24GB", "--json")
     found = json.loads(output)
     expected = estimate(SEVEN, Workload(memory="resident", layers=LOCAL))
     assert found["memory"] == "resident"
@@ -94,12 +90,10 @@ def test_json_has_the_numbers_of_the_estimate():
 
 def test_what_does_not_fit_ends_with_code_two_and_the_nearest_setting():
     asked = ("--model", "llama2-7b", "--layers", "4-7", "--memory", "resident", "--gpu", "16GB")
-    code, output = call_paper(*asked)
-    assert code == 2
+    output = fails(*PAPER, *asked)
     assert "nearest that fits: --memory layerwise" in output
     assert "error" not in output
-    code, output = call_paper(*asked, "--json")
-    assert code == 2
+    output = fails(*PAPER, *asked, "--json")
     found = json.loads(output)
     assert found["memory"] is None
     assert found["nearest"]["memory"] == "layerwise"
@@ -108,39 +102,36 @@ def test_what_does_not_fit_ends_with_code_two_and_the_nearest_setting():
 
 def test_what_is_not_given_is_what_mft_train_would_take():
     config = RunConfig()
-    code, output = call("--model", "smollm2-135m", "--json")
-    assert code == 0, output
+    output = done("--model", "smollm2-135m", "--json")
     setting = json.loads(output)["setting"]
     assert (setting["sequence"], setting["micro_batch"], setting["accumulation"]) == (
         *(config.data.sequence_length, config.train.batch_size, config.train.accumulation),
     )
     assert (setting["scores"], setting["moments"]) == (config.mask.scores_dtype, config.train.moments)
-    _, output = call("--model", "smollm2-135m", "--micro-batch", "2")
+    output = done("--model", "smollm2-135m", "--micro-batch", "2")
     assert "smollm2-135m, all layers, 2 x 512 tokens" in output
     assert "as mft train by default: --sequence 512, --accumulation 1" in output
-    assert "as mft train by default" not in call_paper("--model", "smollm2-135m", "--micro-batch", "2")[1]
+    assert "as mft train by default" not in done(*PAPER, "--model", "smollm2-135m", "--micro-batch", "2")
 
 
 def test_seconds_of_a_small_step_are_not_rounded_to_none():
-    _, output = call("--model", "smollm2-135m")
+    output = done("--model", "smollm2-135m")
     seconds = next(line for line in output.splitlines() if "seconds per step" in line).split()[3:]
     assert all(0 < float(each) < 10 for each in seconds)
 
 
 def test_on_a_cpu_there_is_one_memory():
-    code, output = call("--model", "smollm2-135m", "--layers", "24-29", "--sequence", "512", "--cpu", "24GB", "--json")
-    assert code == 0, output
+    output = done("--model", "smollm2-135m", "--layers", "24-29", "--sequence", "512", "--cpu", "24GB", "--json")
     found = json.loads(output)
     assert (found["memory"], found["host_peak_gb"]) == ("plain", 0)
-    _, output = call("--model", "smollm2-135m", "--sequence", "512", "--json")
+    output = done("--model", "smollm2-135m", "--sequence", "512", "--json")
     assert json.loads(output)["device_limit_gb"] == 64
 
 
 def test_a_config_file_and_a_directory(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     for name in (tmp_path, tmp_path / "config.json"):
-        code, output = call_paper("--model", str(name), "--gpu", "24GB", "--json")
-        assert code == 0, output
+        output = done(*PAPER, "--model", str(name), "--gpu", "24GB", "--json")
         expected = estimate(shape_from_config(SMALL), Workload(memory="plain"))
         assert json.loads(output)["device_peak_gb"] == expected.device_peak / 1e9
 
@@ -161,8 +152,7 @@ def test_a_config_file_and_a_directory(tmp_path):
     ],
 )
 def test_errors_of_the_verb(arguments, message):
-    code, output = call(*arguments)
-    assert code == 2
+    output = fails(*arguments)
     assert message in output
     assert output.startswith("error: ")
 
@@ -170,11 +160,10 @@ def test_errors_of_the_verb(arguments, message):
 def test_a_file_that_is_no_config(tmp_path):
     for text, message in (("{", "config.json:1: expected JSON"), ("[]", "config.json: expected an object, got list")):
         (tmp_path / "config.json").write_text(text)
-        code, output = call("--model", str(tmp_path / "config.json"))
-        assert code == 2
+        output = fails("--model", str(tmp_path / "config.json"))
         assert message in output
     (tmp_path / "empty").mkdir()
-    assert "a directory with a config.json" in call("--model", str(tmp_path / "empty"))[1]
+    assert "a directory with a config.json" in fails("--model", str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from tiny import make_llama, save_llama
-from tiny_run import LEARN, invoke
+from tiny_run import LEARN, invoke, refused, succeed
 
 from mft.cli.generate import Sampling, open_voices
 from mft.config import MaskConfig
@@ -50,8 +50,7 @@ def answers(output):
 
 
 def test_base_and_masked_answer_as_the_two_models_do(place):
-    code, output = invoke("generate", place / "masks", "5 6 7", "--max-tokens", 6)
-    assert code == 0, output
+    output = succeed("generate", place / "masks", "5 6 7", "--max-tokens", 6)
     base = make_llama(initializer_range=0.3)
     expected = {"base": [continued(base, [5, 6, 7])]}
     merged = merge_model(load_masks(base, place / "masks"))
@@ -72,8 +71,7 @@ def test_no_text_of_a_stranger_controls_the_terminal_or_becomes_a_line(place, mo
     monkeypatch.chdir(place)
     model = mask_model(make_llama(), MaskConfig.paper(keep_ratio=0.5))
     save_masks(model, place / "evil", base_model_name_or_path="x/\x1b[2Jy\u202e\nbase: agrees")
-    code, output = invoke(*arguments)
-    assert code == 2
+    output = refused(*arguments)
     assert r"\x1b[2J" in output
     assert not controls(output)
     assert "\nbase: agrees" not in output
@@ -87,8 +85,7 @@ def test_no_generated_token_controls_the_terminal(place, tmp_path):
         word if number < 10 else f"\x1b[{number}m": number for word, number in values["model"]["vocab"].items()
     }
     path.write_text(json.dumps(values))
-    code, output = invoke("generate", tmp_path / "base", "5 6 7", "--raw", "--max-tokens", 6)
-    assert code == 0, output
+    output = succeed("generate", tmp_path / "base", "5 6 7", "--raw", "--max-tokens", 6)
     assert "\\x1b[" in output
     assert not controls(output)
 
@@ -105,12 +102,10 @@ def test_a_prompt_that_is_not_utf_8_is_one_sentence(place, raw):
 def test_only_one_of_them_answers(place):
     both = answers(invoke("generate", place / "masks", "5", "--max-tokens", 4)[1])
     for name in ("base", "masked"):
-        code, output = invoke("generate", place / "masks", "5", "--max-tokens", 4, "--only", name)
-        assert code == 0, output
+        output = succeed("generate", place / "masks", "5", "--max-tokens", 4, "--only", name)
         assert both[name][0] in output
         assert f"{name}:" not in output
-    code, output = invoke("generate", place / "masks", "5", "--only", "both")
-    assert code == 2
+    output = refused("generate", place / "masks", "5", "--only", "both")
     assert "--only must be one of base, masked, got 'both'" in output
 
 
@@ -155,8 +150,7 @@ def test_the_prompt_is_asked_with_a_system_prompt(place, tmp_path):
             ("chat", masks),
             ("generate", masks, "--prompts", tmp_path / "lines.txt"),
         ):
-            code, output = invoke(*verb, "--max-tokens", 6, *options, lines="5\n")
-            assert code == 0, output
+            output = succeed(*verb, "--max-tokens", 6, *options, lines="5\n")
             assert wanted in output, verb
             assert (f"system prompt{' of the run' * (not options)}: " in output) == (len(prompt) > 1)
 
@@ -170,15 +164,13 @@ def test_a_file_of_chats_is_answered_up_to_its_last_answer(place, tmp_path):
     ]
     lines = [json.dumps({"messages": [{"role": role, "content": text} for role, text in chat]}) for chat in chats]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines))
-    code, output = invoke("generate", place / "masks", "--prompts", tmp_path / "chats.jsonl", "--max-tokens", 6)
-    assert code == 0, output
+    output = succeed("generate", place / "masks", "--prompts", tmp_path / "chats.jsonl", "--max-tokens", 6)
     assert f"1 of 2: 5\nwanted: {wanted}\nbase: {wanted} (cut after 6 tokens)\nmasked: " in output
     assert f"2 of 2: 9\nbase: {continued(base, [5, 6, 9])} (cut" in output
 
 
 def test_a_conversation_goes_on_with_each_ones_own_answers(place):
-    code, output = invoke("chat", place / "masks", "--max-tokens", 3, lines="5\n\n6 7\n")
-    assert code == 0, output
+    output = succeed("chat", place / "masks", "--max-tokens", 3, lines="5\n\n6 7\n")
     found = answers(output)
     base = make_llama(initializer_range=0.3)
     models = {"base": base}
@@ -196,19 +188,16 @@ def test_a_merged_model_and_a_fine_tune_answer_alone(place, tmp_path):
     for directory in (tmp_path / "merged", tmp_path / "run" / "model"):
         save_model(merged, tokenizer, directory)
     for run in (tmp_path / "merged", tmp_path / "run"):
-        code, output = invoke("generate", run, "5 6 7", "--max-tokens", 6)
-        assert code == 0, output
+        output = succeed("generate", run, "5 6 7", "--max-tokens", 6)
         assert "in float32: an ordinary model, without a separate base" in output
         assert continued(merged, [5, 6, 7]) in output
-    code, output = invoke("generate", tmp_path / "merged", "5", "--only", "masked")
-    assert code == 2
+    output = refused("generate", tmp_path / "merged", "5", "--only", "masked")
     assert "--only must be left out" in output
 
 
 def test_a_run_of_train_without_a_chat_template_has_no_chat(cli, tmp_path):
     assert cli("train", *LEARN)[0] == 0
-    code, output = invoke("chat", "run", lines="5\n")
-    assert code == 2
+    output = refused("chat", "run", lines="5\n")
     assert "run must have a tokenizer with a chat template, got none: mft generate run PROMPT continues text" in output
 
 
@@ -226,8 +215,7 @@ def test_what_is_no_run_is_told_in_one_message(place, tmp_path, monkeypatch, ver
         ("notes", (), "got notes, which is none of these"),
         (place / "masks", ("--model", tmp_path / "other"), "learned on"),
     ):
-        code, output = invoke(verb, run, *prompt, *options)
-        assert code == 2
+        output = refused(verb, run, *prompt, *options)
         assert message in output
         assert "Traceback" not in output
 
@@ -237,8 +225,7 @@ def test_masks_with_whole_modules_are_to_be_merged_first(place, tmp_path):
     path = tmp_path / "masks" / "adapter_config.json"
     values = json.loads(path.read_text()) | {"modules_to_save": ["lm_head"]}
     path.write_text(json.dumps(values))
-    code, output = invoke("generate", tmp_path / "masks", "5")
-    assert code == 2
+    output = refused("generate", tmp_path / "masks", "5")
     assert f"got modules_to_save too (lm_head): mft merge {tmp_path / 'masks'} DIRECTORY" in output
 
 
@@ -272,6 +259,5 @@ def test_what_cannot_be_answered_is_refused(place, tmp_path, monkeypatch, argume
     (tmp_path / "empty.txt").write_text("\n \n")
     for name, role in (("wrong", "me"), ("answer", "assistant")):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"messages": [{"role": role, "content": "9"}]}))
-    code, output = invoke("generate", place / "masks", *arguments)
-    assert code == 2
+    output = refused("generate", place / "masks", *arguments)
     assert message in output

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mft.cli import measure
-from mft.cli.measure import DENSE, EAGER, HELD, SCORES, Row, calls_of, conclusion, run_measure, table_of, verdict
+from mft.cli.measure import DENSE, EAGER, HELD, SCORES, Row, calls_of, conclusion, run_measure, verdict
 from mft.contention import Contention
 from mft.tracking.console import new_console
 from mft_kernels.testing import random_inputs
@@ -30,29 +30,11 @@ def test_five_percent_either_way_is_level(ratio, told):
     assert verdict(ratio) == told
 
 
-def test_the_table_compares_with_dense():
-    (line,) = [line for line in shown(table_of([row(1.5, 0.8, 3.0)], 64)).splitlines() if "forward, bf16" in line]
-    assert [part.strip() for part in line.strip("│ \n").split("│")] == [
-        *("forward, bf16", "1", "2", "1.50 SLOWER", "0.80 faster", "3.00")
-    ]
-
-
 def test_the_last_line_names_where_eager_would_be_better():
     assert conclusion([row(3.0, 0.8, 3.0)]) == "eager PyTorch is nowhere faster than what auto takes by more than 5 %"
     told = conclusion([row(3.0, 2.0, 2.0, m=7), row(1.0, 1.0)])
     assert told == (
         "auto would be better off with eager PyTorch in 1 of 4: forward, bf16, M = 7, from scores (1.50 times eager)"
-    )
-
-
-def test_on_a_busy_machine_no_verdict_is_given():
-    rows = [row(69.54, 2.0, 2.0)]
-    told = " ".join(shown(table_of(rows, 64, busy=True)).split())
-    assert "busy: no verdict" in told
-    assert "69.54 ?" in told
-    assert "SLOWER" not in told
-    assert conclusion(rows, busy=True) == (
-        "whether eager PyTorch is faster anywhere is left open: the machine was busy"
     )
 
 

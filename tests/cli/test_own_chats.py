@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from tiny_run import LEARN, invoke
+from tiny_run import LEARN, invoke, succeed
 
 from mft.masks.export_format import read_description
 
@@ -27,38 +27,31 @@ def chats(cli, tmp_path):
 
 @pytest.mark.parametrize("more", [(), ("data.streaming=true", "data.max_eval_tokens=64")], ids=["rows", "stream"])
 def test_a_run_of_chats_asks_and_compares_as_it_was_trained(cli, chats, tmp_path, more):
-    code, output = cli("train", *LEARN, *chats, *more)
-    assert code == 0, output
+    output = cli.done("train", *LEARN, *chats, *more)
     assert read_description(tmp_path / "run" / "masks").system_prompt == SYSTEM
     assert "mft generate run --held-out 3" in output
 
-    code, output = invoke("generate", "run", "9", "--max-tokens", 2)
-    assert code == 0, output
+    output = succeed("generate", "run", "9", "--max-tokens", 2)
     assert f"system prompt of the run: {SYSTEM}\n" in output
 
-    code, output = invoke("generate", "run", "--held-out", 3)
-    assert code == 0, output
+    output = succeed("generate", "run", "--held-out", 3)
     assert len(set(re.findall(r"^\d of 3: 7 8 (\d\d) 9\nwanted: 5\nbase: .+\nmasked: ", output, re.MULTILINE))) == 3
     assert re.search(r"^as wanted: base \d of 3, masked \d of 3$", output, re.MULTILINE)
 
-    code, output = invoke("evaluate", "--masks", "run", "--answers", 5)
-    assert code == 0, output
+    output = succeed("evaluate", "--masks", "run", "--answers", 5)
     assert re.search(r"validation: 5 of \d+ answers, generated greedily", output)
     assert len(re.findall(r" \d of 5  +\d", output)) == 2
     assert "generated greedily" not in invoke("evaluate", "--masks", "run", "--answers", 0)[1]
 
 
 def test_exact_answers_are_counted(cli, chats, model_dir):
-    code, output = cli("finetune", *chats, "train.lr=1e-2", "train.epochs=null", "train.steps=40")
-    assert code == 0, output
+    output = cli.done("finetune", *chats, "train.lr=1e-2", "train.epochs=null", "train.steps=40")
     for name, right in (("run/model", "5"), (str(model_dir), "0")):
-        code, output = cli("evaluate", *chats, f"model.name={name}", "--split", "test", "--answers", "5")
-        assert code == 0, output
+        output = cli.done("evaluate", *chats, f"model.name={name}", "--split", "test", "--answers", "5")
         assert re.search(rf"{name} +{right} of 5 +{right}", output.replace("100.00", "5")), output
 
 
 def test_texts_are_continued_from_their_half(cli):
     assert cli("train", *LEARN)[0] == 0
-    code, output = invoke("generate", "run", "--held-out", 2)
-    assert code == 0, output
+    output = succeed("generate", "run", "--held-out", 2)
     assert len(re.findall(r"^\d of 2: (\d+ ){5}\d+\nwanted: (\d+ ){5}\d+\nbase: ", output, re.MULTILINE)) == 2

@@ -15,8 +15,7 @@ from mft.publishing.kinds import read_contents
 
 
 def test_the_merged_model_is_that_of_mft_merge(cli, tmp_path):
-    code, output = cli("train", *LEARN, "mask.keep_ratio=0.8", "--merge", "merged")
-    assert code == 0, output
+    output = cli.done("train", *LEARN, "mask.keep_ratio=0.8", "--merge", "merged")
     assert "the others are 0; the model lies in merged" in output
     assert cli("merge", "run", "again")[0] == 0
     own, again = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "again"))
@@ -25,11 +24,9 @@ def test_the_merged_model_is_that_of_mft_merge(cli, tmp_path):
 
 
 def test_by_alpha_dropped_weights_are_scaled_and_the_card_says_so(cli, tmp_path, model_dir):
-    code, output = cli("train", *LEARN, "mask.keep_ratio=0.8")
-    assert code == 0, output
+    cli.done("train", *LEARN, "mask.keep_ratio=0.8")
     assert cli("merge", "run", "whole")[0] == 0
-    code, output = cli("merge", "run", "part", "--alpha", "0.75")
-    assert code == 0, output
+    output = cli.done("merge", "run", "part", "--alpha", "0.75")
     assert "the others are scaled by 0.25; the model lies in part" in output.replace("\n", " ")
     base, whole, part = (load_file(Path(d) / "model.safetensors") for d in (model_dir, tmp_path / "whole", "part"))
     assert any((whole[name] != base[name]).any() for name in base)
@@ -52,8 +49,7 @@ def test_by_alpha_dropped_weights_are_scaled_and_the_card_says_so(cli, tmp_path,
 
 def test_one_held_out_document_gives_a_difference_without_a_standard_error(cli, tmp_path):
     (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "{i} 1 2 3"}}\n' for i in range(3)))
-    code, output = cli("train", *LEARN, "--merge", "merged")
-    assert code == 0, output
+    output = cli.done("train", *LEARN, "--merge", "merged")
     assert "nan" not in output
     assert output.count("warning: validation has 4 scored tokens of 1 document, too few") == 1
     assert json.loads((tmp_path / "run" / "table.json").read_text())["standard error"] is None
@@ -72,6 +68,5 @@ def test_its_place_is_looked_at_before_training(cli, tmp_path):
 
 def test_of_several_processes_the_first_merges(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    code, output = cli("train", *LEARN, "--merge", "merged")
-    assert code == 0, output
+    cli.done("train", *LEARN, "--merge", "merged")
     assert not (tmp_path / "merged").exists()
