@@ -3,20 +3,15 @@
 The user's Python is a new virtual environment that sees what is installed here, as if `mine` were installed there too.
 """
 
-import importlib.util
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sysconfig
 import venv
-from collections import Counter
 from pathlib import Path
 
 import pytest
-
-from mft_kernels.backends import table as backends
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +49,7 @@ def python(tmp_path_factory):
 @pytest.fixture(scope="module")
 def said(folder, python):
     """Return {command: its output}, in the page's order; make only prints what it would do, pytest runs a few tests."""
-    return {line: follow(line, folder, python) for line in COMMANDS if " -m benchmarks " not in line}
+    return {line: follow(line, folder, python) for line in COMMANDS if "--benchmark-only" not in line}
 
 
 def follow(line, folder, python):
@@ -104,53 +99,3 @@ def test_the_layer_says_what_the_page_says(said):
 
 def test_its_ops_are_tested_as_ours_are(said):
     assert re.search(r"^\d+ passed", said[the_command("MFT_TEST_BACKENDS=mine python -m pytest")], re.MULTILINE)
-
-
-@pytest.fixture
-def mine(folder, own_table, monkeypatch):
-    """Load the page's mine.py in this process, and choose it."""
-    monkeypatch.setenv("MFT_KERNELS", "mine")
-    spec = importlib.util.spec_from_file_location("mine", folder / "mine.py")
-    mine = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(mine)
-    return mine
-
-
-def test_a_layer_calls_the_ops_that_the_page_says(mine, folder, monkeypatch):
-    calls = Counter()
-
-    def counted(name, function):
-        def op(*arguments, **named):
-            calls[name] += 1
-            return function(*arguments, **named)
-
-        return op
-
-    backend = backends.registered("mine")
-    counting = {name: counted(name, run) for name, run in backend.functions.items()}
-    monkeypatch.setitem(vars(backend), "functions", counting)
-    runpy.run_path(str(folder / "layer.py"))
-    of_a_layer = re.findall(r"^\| (.+) \| `MaskedLinear`", PAGE, re.MULTILINE)
-    assert set(calls) == set(re.findall(r"`(\w+)`", " ".join(of_a_layer)))
-
-
-def test_the_benchmarks_measure_it(mine, monkeypatch):
-    """Time what the page's command times, but not in a process of its own, which imports for 10 s."""
-    from benchmarks.bench_ops import QUICK, cases_of
-    from benchmarks.harness import environment
-    from benchmarks.layer_competitors import DENSE, EAGER, HELD, MODULE, LayerCompetitors, inputs_of
-    from benchmarks.side_by_side import SideBySide
-    from mft_kernels.timing import time_interleaved
-
-    case = shlex.split(the_command("MFT_KERNELS=mine python -m benchmarks"))[-1]
-    assert case in map(str, cases_of(576, 1536, QUICK))
-    calls = []
-    monkeypatch.setattr(mine, "masked_blocks", lambda *of: calls.append(of) or iter(()))
-    made, backends = LayerCompetitors(8, 64), SideBySide.here()
-    names = backends.competitors((DENSE, MODULE, HELD, EAGER))
-    assert [name for name in names if name.startswith("mine")] == ["mine, module", "mine, held mask"]
-    competitors = {name: made.call(name, "forward", inputs_of(3, 8, 64)) for name in names}
-    samples = time_interleaved(competitors, rounds=1, around=backends.around)
-    assert samples.keys() == competitors.keys()
-    assert len(calls) == 2 * len(("mine, module", "mine, held mask"))  # each once before timing
-    assert environment()["backends"]["mine"] == "mine: blocks of 256 rows"

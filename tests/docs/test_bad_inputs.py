@@ -39,11 +39,6 @@ def test_a_row_without_its_parts_is_an_error(rest):
         list(read_table(module))
 
 
-def test_each_case_has_a_title_of_its_own():
-    titles = [case.title for case in (*REFUSED, *ACCEPTED)]
-    assert len(set(titles)) == len(titles)
-
-
 def test_the_page_shows_each_case_and_its_links_lead_somewhere():
     page = report()
     assert [case.title for case in REFUSED if f"\n{told(case).error.__name__}: {told(case).shown}\n" not in page] == []

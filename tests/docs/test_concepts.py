@@ -11,45 +11,23 @@ from mft_kernels import MaskedLinear, outdate
 N, K, ROW = 96, 256, 5  # a row that is not in the sample of the contents
 
 
-@torch.no_grad()
-def in_place(scores):
-    scores[ROW] = 0
-
-
-def in_place_on_a_view(scores):
-    torch.select(torch.detach(scores), 0, ROW).zero_()
-
-
-def load_state_dict(scores):
-    torch.nn.ParameterList([scores]).load_state_dict({"0": scores.detach().flip(0)})
-
-
-def an_optimizer_s_step(scores):
+def step(scores):
     scores.grad = torch.ones_like(scores)
     torch.optim.SGD([scores], lr=0.1).step()
 
 
-def assigned_data(scores):
-    scores.data = scores.detach().flip(0).clone()
-
-
-def through_data(scores):
-    scores.data[ROW] = 0
-
-
-def the_whole_matrix_by_a_pointer(scores):
-    ctypes.memmove(torch.Tensor.data_ptr(scores), scores.detach().flip(0).clone().data_ptr(), 4 * N * K)
-
-
-SEEN = (
-    in_place,
-    in_place_on_a_view,
-    load_state_dict,
-    an_optimizer_s_step,
-    assigned_data,
-    through_data,
-    the_whole_matrix_by_a_pointer,
-)
+#: The writes of the page's list. The last one writes the whole matrix by a pointer.
+SEEN = {
+    "in place": torch.no_grad()(lambda scores: scores[ROW].zero_()),
+    "in place on a view": lambda scores: torch.select(torch.detach(scores), 0, ROW).zero_(),
+    "load_state_dict": lambda scores: torch.nn.ParameterList([scores]).load_state_dict({"0": scores.detach().flip(0)}),
+    "an optimizer's step": step,
+    "assigned data": lambda scores: setattr(scores, "data", scores.detach().flip(0).clone()),
+    "through data": lambda scores: scores.data[ROW].zero_(),
+    "pointer": lambda scores: ctypes.memmove(
+        torch.Tensor.data_ptr(scores), scores.detach().flip(0).clone().data_ptr(), 4 * N * K
+    ),
+}
 #: Some of the many writes that keep an old mask: through aliases that functions make, which are gone by the next
 # forward.
 OTHERS = {
@@ -85,7 +63,7 @@ def is_current(layer):
     return torch.equal(y.T != 0, layer.mask())
 
 
-@pytest.mark.parametrize("write", SEEN, ids=lambda write: write.__name__)
+@pytest.mark.parametrize("write", SEEN.values(), ids=SEEN)
 def test_a_write_of_the_page_s_list_is_seen(layer, write):
     before = layer.mask()
     write(layer.scores)

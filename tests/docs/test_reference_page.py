@@ -10,23 +10,6 @@ import mft
 
 pytest.importorskip("griffe", reason="needs griffelib, of the dev extra")
 DOCS = Path(__file__).parents[2] / "docs" / "reference"
-DOCSTRING = """scores -= lr * step(scores), see masked_linear and ``a * b``.
-
-Of its own line:
-
-    with f(x):
-        g()
-
-Args:
-    x: (K,), as of
-        mask_model.
-    y, z: others.
-More of all.
-Returns: {"a": 1,
-"b": 2}.
-Raises:
-    ValueError if x is empty.
-"""
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +40,3 @@ def test_a_public_name_that_the_sources_do_not_import_is_named(page, monkeypatch
     monkeypatch.setattr(mft, "__all__", [*mft.__all__, "mask_modle"])
     with pytest.raises(ValueError, match="python/mft/__init__.py must import mask_modle"):
         page.public_objects()
-
-
-def test_sections_become_lists_and_what_is_not_markup_stays_text(page):
-    assert page.documentation(DOCSTRING, {"masked_linear", "mask_model"}) == (
-        "scores -= lr \\* step(scores), see [masked_linear](#masked_linear) and `a * b`.\n\nOf its own line:\n\n"
-        "```python\nwith f(x):\n    g()\n```\n\n"
-        "**Args**\n\n- `x`: (K,), as of\n  [mask_model](#mask_model).\n- `y`, `z`: others.\n\nMore of all.\n\n"
-        '**Returns**: {"a": 1,\n"b": 2}.\n\n**Raises**: ValueError if x is empty.\n'
-    )

@@ -1,7 +1,6 @@
 """The site of make docs, as far as it can be tested without its builder: its contents, and how it is checked."""
 
 import importlib.util
-import re
 import tomllib
 from pathlib import Path
 
@@ -20,25 +19,6 @@ def site():
     return module
 
 
-@pytest.fixture
-def tree(tmp_path, site):
-    """Make a project: its first pages, docs/a.md, a source, a folder of two and a picture."""
-    root = tmp_path / "project"
-    files = {
-        **dict.fromkeys(site.FIRST, "# Title\n"),
-        "docs/a.md": "# A\n\n[source](../src/x.h) [list](../configs/) ![p](p.png) [dead](b.md#c) [far](https://x.y/z.py)\n",
-        "docs/p.png": "picture",
-        "src/x.h": "int x; // [no link](y.h)\n```\n",
-        "src/y.h": "int y;\n",
-        "configs/c.yaml": "c: 1\n",
-        "configs/deep/d.json": "{}",
-    }
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
 def pages_of(nav):
     for entry in nav:
         value = entry if isinstance(entry, str) else next(iter(entry.values()))
@@ -54,12 +34,6 @@ def test_every_page_is_in_the_navigation_once(site):
     )
 
 
-def test_what_make_docs_fetches_is_the_extra_docs():
-    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
-    recipe = re.search(r"^docs: dev .*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    assert f"pip install --quiet {' '.join(extra)}\n" in recipe
-
-
 def test_every_link_of_the_pages_leads_into_the_staged_tree(site, tmp_path):
     site.stage(ROOT, tmp_path)
     written = {
@@ -71,21 +45,6 @@ def test_every_link_of_the_pages_leads_into_the_staged_tree(site, tmp_path):
         ]
         dead = [link for link in links if "://" not in link and not (tmp_path / name).parent.joinpath(link).is_file()]
         assert dead == [], name
-
-
-def test_sources_and_folders_become_pages_and_what_is_no_link_stays(tree, site, tmp_path):
-    site.stage(tree, tmp_path / "staged")
-    found = {path.relative_to(tmp_path / "staged").as_posix() for path in (tmp_path / "staged").rglob("*.*")}
-    sources = {"src/x.h.md", "configs/README.md", "configs/c.yaml.md", "configs/deep/d.json"}
-    assert found == {*site.FIRST, "docs/a.md", "docs/p.png", *sources}
-    assert (tmp_path / "staged" / "docs" / "a.md").read_text().splitlines()[-1] == (
-        "[source](../src/x.h.md) [list](../configs/README.md) ![p](p.png) [dead](b.md#c) [far](https://x.y/z.py)"
-    )
-    text = (tmp_path / "staged" / "src" / "x.h.md").read_text()
-    assert text.endswith("---\n\n```` cpp\nint x; // [no link](y.h)\n```\n````\n")
-    assert 'title: "src/x.h"\nsearch:\n  exclude: true\n' in text
-    listed = (tmp_path / "staged" / "configs" / "README.md").read_text()
-    assert listed.endswith("- [c.yaml](c.yaml.md)\n- [deep/d.json](deep/d.json)\n")
 
 
 def test_pages_that_commands_write_are_staged_beside_those_of_docs(site, tmp_path):
@@ -101,12 +60,6 @@ def test_pages_that_commands_write_are_staged_beside_those_of_docs(site, tmp_pat
     assert sorted(path.name for path in staged.iterdir()) == sorted(site.WRITTEN)
     linked = (staged / site.WRITTEN[1]).read_text()
     assert linked == "[concepts](concepts.md#masks) [source](../../setup.py.md)\n"
-
-
-def test_code_stays_but_for_the_escape_of_a_cell(site, tree):
-    block = "```python\nx = [y](src/x.h)\n```"
-    assert site.rewritten(f"{block}\n[y](src/x.h#L1)\n{block}\n", tree) == f"{block}\n[y](src/x.h.md#L1)\n{block}\n"
-    assert site.rewritten("| `a\\|b` \\| |\n`a\\|b`\n", tree) == "| `a|b` \\| |\n`a\\|b`\n"
 
 
 def test_a_built_site_is_checked_for_dead_links_and_what_it_loads(site, tmp_path):
