@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from ratio_records import record
 
 from benchmarks import harness
 from benchmarks.__main__ import QUESTIONS
@@ -27,33 +28,19 @@ def test_a_record_reads_back_and_gives_each_finding_a_line(tmp_path, monkeypatch
 
 
 def test_pooled_records_span_every_process():
-    def record(median, met, rounds):
-        spread = {"median": median, "low": median - 1, "high": median + 1}
-        finding = {
-            "quantity": "ours / dense",
-            "measured": spread,
-            "unit": "x",
-            "rule": "at most",
-            "bound": 2,
-            "met": met,
-        }
-        return {
-            "title": "t",
-            "environment": {"date": str(median)},
-            "cases": [{"m": 8, "rounds": rounds}],
-            "findings": [finding],
-        }
+    def of(median, rounds, **changes):
+        made = record(median, 0.5, date=str(median), **changes) | {"title": "t", "cases": [{"m": 8, "rounds": rounds}]}
+        made["findings"][0] |= {"rule": "at most", "bound": 2, "met": median < 2}
+        return made
 
-    found = pooled([record(3.0, False, 2), record(1.0, True, 3), record(1.5, True, 2)])
-    assert found["findings"][0]["measured"] == {"median": 1.5, "low": 0.0, "high": 4.0}
+    found = pooled([of(3.0, 2), of(1.0, 3), of(1.5, 2)])
+    assert found["findings"][0]["measured"] == {"median": 1.5, "low": 0.5, "high": 3.5}
     assert found["cases"] == [{"m": 8, "rounds": 7}]
-    assert found["environment"] == {"date": "3.0"}
-    other = record(1.0, True, 2)
-    other["findings"][0]["quantity"] = "theirs"
-    with pytest.raises(ValueError, match="every process must give the same quantity, got ours / dense, theirs"):
-        pooled([record(1.0, True, 2), other])
+    assert found["environment"]["date"] == "3.0"
+    with pytest.raises(ValueError, match="every process must give the same quantity, got ours.*, theirs"):
+        pooled([of(1.0, 2), of(1.0, 2, quantity="theirs")])
     with pytest.raises(ValueError, match="every process must give the same cases"):
-        pooled([record(1.0, True, 2), record(1.0, True, 2) | {"cases": []}])
+        pooled([of(1.0, 2), of(1.0, 2) | {"cases": []}])
 
 
 def test_each_question_names_functions_that_exist():

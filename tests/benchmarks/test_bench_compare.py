@@ -76,13 +76,6 @@ def test_what_seems_worse_is_measured_again_and_decides_if_it_repeats(tmp_path, 
     assert told in capsys.readouterr().out
 
 
-def test_only_questions_with_suspects_are_asked_again(tmp_path, monkeypatch):
-    old = write(write(tmp_path / "old", record(1.0)), record(1.0), "scaling")
-    asked = answers_in_turn(monkeypatch, 1.0, 1.5, 1.5)
-    assert run_compare(monkeypatch, old) == 1
-    assert asked == [["ops", "scaling"], ["scaling"]]
-
-
 def test_a_question_that_was_not_measured_fails(tmp_path, monkeypatch, capsys):
     old = write(write(tmp_path / "old", record()), record(), "scaling")
     assert run_compare(monkeypatch, old, "--now", write(tmp_path / "now", record())) == 1
@@ -97,23 +90,6 @@ def test_between_two_machines_nothing_is_concluded(tmp_path, monkeypatch, capsys
     assert "!!! NOT THE SAME MACHINE: device was 'a' and is 'b'" in printed
     assert told in printed
     assert "REGRESSION" not in printed
-
-
-def test_answers_of_another_instruction_set_are_not_compared(tmp_path, monkeypatch, capsys):
-    old = write(tmp_path / "old", record(1.0), instruction_set="avx9")
-    assert run_compare(monkeypatch, old) == 2  # nothing is measured
-    mine = harness.instruction_set()
-    assert f"an instruction set that is compared, {mine}, {old} has those of avx9" in capsys.readouterr().err
-    both = write(write(tmp_path / "both", record(1.0)), record(1.0), instruction_set="avx9")
-    now = write(tmp_path / "now", record(1.5), instruction_set="avx9")
-    assert run_compare(monkeypatch, both, "--now", now) == 1
-    assert run_compare(monkeypatch, both, "--now", write(tmp_path / "same", record(1.0))) == 0
-
-
-def test_a_ratio_that_is_missing_on_another_machine_fails(tmp_path, monkeypatch):
-    old = write(tmp_path / "old", record(quantity="ours / a", device="a"))
-    now = write(tmp_path / "now", record(quantity="ours / b", device="b"))
-    assert run_compare(monkeypatch, old, "--now", now) == 1
 
 
 def test_a_ref_is_a_commit_whose_results_are_read(tmp_path, monkeypatch):

@@ -21,23 +21,15 @@ def test_a_library_of_these_sources_is_measured(checkout):
     check_built_of(*checkout)
 
 
-def edited(sources, report):
-    (sources / "cpu" / "one.cpp").write_text("int one() { return 2; }\n")
+CHANGES = {
+    "edited": lambda sources, _: (sources / "cpu" / "one.cpp").write_text("int one() { return 2; }\n"),
+    "renamed": lambda sources, _: (sources / "cpu" / "one.cpp").rename(sources / "cpu" / "two.cpp"),
+    "added": lambda sources, _: (sources / "cpu" / "two.h").write_text(""),
+    "untold": lambda _, report: report.write_text('{"cpu": {"built": true}}'),
+}
 
 
-def renamed(sources, report):
-    (sources / "cpu" / "one.cpp").rename(sources / "cpu" / "two.cpp")
-
-
-def added(sources, report):
-    (sources / "cpu" / "two.h").write_text("")
-
-
-def untold(sources, report):
-    report.write_text('{"cpu": {"built": true}}')
-
-
-@pytest.mark.parametrize("change", [edited, renamed, added, untold])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_one_of_other_or_unknown_sources_is_refused(checkout, change):
     change(*checkout)
     with pytest.raises(RuntimeError, match="must be built of csrc as it is to be measured|says nothing of its sources"):
