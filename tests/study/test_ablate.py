@@ -3,12 +3,10 @@
 import dataclasses
 
 import pytest
-from test_study_store import filled
-from tiny_study import FEW, equal, make_study, run_quietly, write_ground
-from typer.testing import CliRunner
+from tiny_run import succeed
+from tiny_study import FEW, equal, make_study, run_quietly
 
-from mft.cli.app import app
-from mft_study.ablate import ablation_lines, derive, plot_ablation
+from mft_study.ablate import ablation_lines, derive
 from mft_study.report.table import reference_of
 from mft_study.store import copy_fine_tunes
 
@@ -142,23 +140,17 @@ def test_shares_of_the_data_join_into_a_line_an_arm():
 
 
 @pytest.mark.slow
-def test_an_ablation_runs_from_the_command_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
-    write_ground(tmp_path)
-    make_study(tmp_path, FEW)
-    config = ["--config", str(tmp_path / "study.yaml")]
-    result = CliRunner().invoke(app, ["ablate", "layers", *config, "seeds=[0]", "--values", "1,2-3"])
-    assert result.exit_code == 0, result.output
-    directory = tmp_path / "run-layers"
+def test_an_ablation_runs_from_the_command_line(ground):
+    make_study(ground, FEW)
+    succeed("ablate", "layers", "--config", ground / "study.yaml", "seeds=[0]", "--values", "1,2-3")
+    directory = ground / "run-layers"
     assert "| MFT 2-3 |" in (directory / "table.md").read_text().replace("**", "")
     assert (directory / "ablation.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
-def test_an_ablation_takes_the_fine_tunes_of_its_study(tmp_path, monkeypatch):
-    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
-    write_ground(tmp_path)
-    study = make_study(tmp_path, FEW, ["seeds=[0]"])
+def test_an_ablation_takes_the_fine_tunes_of_its_study(ground, tmp_path):
+    study = make_study(ground, FEW, ["seeds=[0]"])
     findings, _ = run_quietly(study, tmp_path / "run")
     ablated = derive(study, "ratio", ["0.5"])
     # two rates, and the weights of the best one
@@ -167,20 +159,3 @@ def test_an_ablation_takes_the_fine_tunes_of_its_study(tmp_path, monkeypatch):
     assert "full, lr" not in "".join(line for line in lines if "on test" not in line)
     assert again.chosen["count"]["full"] == findings.chosen["count"]["full"]
     assert equal(again.test["count"]["full"], findings.test["count"]["full"])
-
-
-def test_fine_tunes_of_another_model_are_not_taken(tmp_path):
-    study, _, _ = filled(tmp_path)
-    other = dataclasses.replace(study, model=dataclasses.replace(study.model, dtype="bfloat16"))
-    assert copy_fine_tunes(tmp_path / "run", other, tmp_path / "other") == 0
-    assert not (tmp_path / "other").exists()
-    assert copy_fine_tunes(tmp_path / "nowhere", study, tmp_path / "other") == 0
-    assert copy_fine_tunes(tmp_path / "run", study, tmp_path / "run") == 0
-
-
-def test_a_plot_may_lack_intervals(tmp_path):
-    found = numbers([("MFT 0.5", "mask", 0.2), ("MFT 0.9", "mask", -0.2)])
-    for row in found["domains"]["code"]["rows"]:
-        row["minus_full"] |= {"low": None, "high": None}
-    plot_ablation(found, "ratio", tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").is_file()

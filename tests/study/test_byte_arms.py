@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-import shutil
 
 import pytest
 import torch
 from test_study_arms import Ground, fine_tune
 from test_study_plan import RATES, bowl, make, play
 from tiny import make_llama, make_rows
-from tiny_study import FULL, equal, make_study, run_quietly
+from tiny_study import equal
 from torch.testing import assert_close
 
 from mft.config import MaskConfig, ModelConfig
@@ -30,12 +29,11 @@ COMPRESSED = ("bitdelta", "ternary", "sparse_delta")
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        ground = Ground(tmp_path_factory.mktemp("compress"), patch)
-        for arm in ("control", "continued"):
-            ground.run(arm)
-        yield ground
+def ground(ground):
+    ground = Ground(ground)
+    for arm in ("control", "continued"):
+        ground.run(arm)
+    return ground
 
 
 def left_of(kind, delta, *args, **options):
@@ -206,33 +204,6 @@ def test_a_mean_of_whole_models_is_whole_and_a_part_of_adapters_has_their_rank(g
         found[arm] = arm_of(ground.workspace, job.unit).stored_bytes(ground_of(ground.workspace, job), model)
     assert found["part of lora"] == found["lora"] + 2  # alpha
     assert found["mean of continued"] == 2 * sum(p.numel() for p in model.parameters())
-
-
-BY_BYTES = (
-    FULL
-    + """
-  control: {kind: control, lrs: [1e-2]}
-  MFT: {kind: mask, lrs: [1e-2]}
-  bitdelta: {kind: bitdelta, of: control, lrs: [1e-2]}
-  ternary: {kind: ternary, of: control, shares: [0.03, 0.1]}
-  LoRA: {kind: lora, lrs: [1e-2], lora_ranks: [1, 2, 4], max_bytes: MOST}
-"""
-)
-
-
-@pytest.mark.slow
-def test_a_study_of_them_runs_to_its_end_and_makes_lost_files_again(ground, tmp_path, monkeypatch):
-    monkeypatch.setenv("MFT_CACHE", str(ground.directory / "cache"))
-    rank_2 = ground.run("lora", rank=2).bytes
-    study = make_study(ground.directory, BY_BYTES.replace("MOST", str(rank_2)), ["seeds=[0]"])
-    found = run_quietly(study, tmp_path / "run")[0]
-    sizes = {o.unit.arm: o.bytes for o in found.outcomes if o.unit.setting == found.chosen["count"][o.unit.arm]}
-    assert 0 < sizes["LoRA"] <= rank_2
-    assert sizes["ternary"] < sizes["bitdelta"] < sizes["control"] / 15
-    shutil.rmtree(tmp_path / "run" / "trained")
-    shutil.rmtree(tmp_path / "run" / "test")
-    again = run_quietly(study, tmp_path / "run")[0]
-    assert equal(again.test, found.test)
 
 
 BUDGET = make_arm("lora", lrs=RATES, lora_ranks=[4, 1, 2], max_bytes=250)

@@ -121,9 +121,3 @@ def test_pretrain_and_finetune_divide_the_training_files():
     assert 0.5 < len(numbers["pretrain"]) / len(numbers[None]) < 0.7
     for split in ("validation", "test"):
         assert loaded["pretrain"][split].numbers == loaded["finetune"][split].numbers == loaded[None][split].numbers
-
-
-def test_a_subset_is_told_in_the_notes_and_an_unknown_one_refused():
-    assert "(train is the finetune subset of the training files)" in open_source(DataConfig(subset="finetune")).notes[0]
-    with pytest.raises(ValueError, match="must be pretrain, finetune or null .*'pretain'; did you mean pretrain"):
-        open_source(DataConfig(subset="pretain"))

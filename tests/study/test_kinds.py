@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import pytest
-from tiny_study import FULL, make_study, run_quietly, write_ground
+from tiny_study import FULL, make_study, run_quietly
 
 from mft.checks import at_least
 from mft_study.arms.arm import TRAINING, Arm
@@ -76,13 +76,11 @@ def norms(monkeypatch):
     monkeypatch.setitem(KINDS, "norms", Norms)
 
 
-def test_a_new_kind_trains_is_chosen_weighed_and_reported(norms, tmp_path, monkeypatch):
-    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
-    write_ground(tmp_path)
-    findings, _ = run_quietly(make_study(tmp_path, ARMS + NORMS, ["seeds=[0]"]), tmp_path / "run")
+def test_a_new_kind_trains_is_chosen_weighed_and_reported(norms, ground, tmp_path):
+    findings, _ = run_quietly(make_study(ground, ARMS + NORMS, ["seeds=[0]"]), tmp_path / "run")
     write_study_report(findings, tmp_path / "run", {})
     rows = {row["arm"]: row for row in study_numbers(findings)["domains"]["count"]["rows"]}
-    assert rows["norms"]["bytes"] == 2 * sum(p.shape[0] for p in parameters(tmp_path, last=2))
+    assert rows["norms"]["bytes"] == 2 * sum(p.shape[0] for p in parameters(ground, last=2))
     assert rows["norms"]["loss"] != rows["full"]["loss"]
     assert rows["norms"]["start"] == "full"
     assert rows["mean"]["of"] == "norms"

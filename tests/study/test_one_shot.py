@@ -15,10 +15,6 @@ LAYERS = MaskConfig(layers_to_transform=[2, 3], keep_ratio=0.9)
 ALL = {"rows": 6, "batch_size": 4}  # for padded_rows: every row, in batches whose last one is short
 
 
-def weights(model, *names):
-    return [model.get_submodule(name).weight.detach() for name in names]
-
-
 def wanda_by_hand(model, name, rows):
     """Return |weight| times the norm of each input over the first 12 - i tokens of row i, one row at a time."""
     inputs = []

@@ -3,10 +3,8 @@
 import json
 
 import pytest
-from tiny_study import write_ground
-from typer.testing import CliRunner
+from tiny_run import succeed
 
-from mft.cli.app import app
 from mft.config import MaskConfig
 from mft_study.evidence.sums import read_sums
 from mft_study.load import load_study
@@ -35,16 +33,13 @@ def test_data_stands_for_the_only_domain():
 
 
 @pytest.mark.slow
-def test_one_command_runs_it_on_a_model_and_a_file_of_ones_own(tmp_path, monkeypatch):
-    monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
-    write_ground(tmp_path)
-    own = [f"data.source={tmp_path}/data.jsonl", f"model.name={tmp_path}/model", "mask.layers_to_transform=2-3"]
+def test_one_command_runs_it_on_a_model_and_a_file_of_ones_own(ground, tmp_path):
+    own = [f"data.source={ground}/data.jsonl", f"model.name={ground}/model", "mask.layers_to_transform=2-3"]
     small = ["model.dtype=float32", "data.sequence_length=12", "data.max_train_tokens=144", "data.max_eval_tokens=96"]
     small += ["seeds=[0]", "extensions=0", "checkpoints=1", "workers=1", f"output_dir={tmp_path}/run"]
     small += [f"arms.{name}.epochs=[1]" for name in TRAINED]
-    result = CliRunner().invoke(app, ["compare", "--config", "own", *own, *small])
-    assert result.exit_code == 0, result.output
-    first = next(line for line in result.output.splitlines() if line.startswith("["))
+    output = succeed("compare", "--config", "own", *own, *small)
+    first = next(line for line in output.splitlines() if line.startswith("["))
     assert first.endswith(" left)")  # the time that the rest takes
     numbers = json.loads((tmp_path / "run" / "table.json").read_text())
     assert "own. MFT: Nothing can be concluded (" in numbers["verdicts"][0]

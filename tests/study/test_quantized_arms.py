@@ -1,6 +1,5 @@
-"""Studies over codes: what rounding keeps, arms that begin there, what is refused, and what the report says."""
+"""Studies over codes: what rounding keeps, arms that begin there, what is refused, and what is recovered."""
 
-import copy
 import math
 import re
 import sys
@@ -8,11 +7,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_study import equal, make_study, run_quietly, write_ground
+from tiny_study import equal, make_study, run_quietly
 
 from mft import quantizers
 from mft.config import MaskConfig, TrainConfig
-from mft.data.batches import take_rows
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.masks.quantize import quantize_model
 from mft.models.causal_lm import clone_with_own_weights
@@ -24,11 +22,8 @@ from mft_study.bases import Bases
 from mft_study.load import load_study
 from mft_study.outcome import Unit
 from mft_study.plan import starts_of, teachers_of
-from mft_study.report.over_codes import verdicts_over_codes
-from mft_study.report.table import recovered_share, reference_of, study_tables
-from mft_study.report.write import write_study_report
+from mft_study.report.table import recovered_share, reference_of
 from mft_study.store import Store
-from mft_study.teacher import RememberedTeacher
 from mft_study.workspace import Workspace
 
 FULL = "  base: {kind: base}\n  full: {kind: full, lrs: [1e-2]}\n"
@@ -59,7 +54,6 @@ class Done:
 
     def __init__(self, directory):
         self.directory = directory
-        write_ground(directory)
         self.study = make_study(directory, ARMS, ["seeds=[0]"])
         self.findings, self.lines = self.run()
         self.loss = {arm: one[0].evaluation.loss for arm, one in self.findings.test["count"].items()}
@@ -85,11 +79,8 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ground")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MFT_CACHE", str(directory / "cache"))
-        yield Done(directory)
+def done(ground):
+    return Done(ground)
 
 
 def codes_of(done, weights, kind):
@@ -155,22 +146,6 @@ def test_an_arm_with_a_teacher_learns_its_words_and_not_the_texts(done):
     assert after < 0.3 * before
     # This arm begins at its teacher, so its gradient is only rounding error, of which AdamW still makes steps.
     assert abs(done.loss["like base"] - done.loss["base"]) < 5e-3
-
-
-def test_a_teacher_is_asked_once_a_row_and_says_what_its_model_says(done):
-    full, rows = with_weights(done.workspace.base, done.weights("full")), done.workspace.splits("count").train
-    calls = []
-    handle = full.model.layers[0].register_forward_hook(lambda *call: calls.append(call))
-    teacher = RememberedTeacher(full, rows, batch_size=8)
-    asked = len(calls)
-    batch = take_rows(rows, [5, 2])
-    (hidden,) = teacher.hidden_states([batch])
-    assert len(calls) == asked
-    handle.remove()
-    torch.testing.assert_close(teacher.head(hidden), full(batch.input_ids).logits)
-    teacher._known.states.pop(2)
-    (again,) = teacher.hidden_states([batch])
-    torch.testing.assert_close(again, hidden)
 
 
 def test_what_was_done_is_kept_and_what_was_lost_is_made_again(done):
@@ -275,27 +250,6 @@ def test_what_is_recovered_is_a_share_of_what_rounding_cost(done):
     assert recovered_share(done.study, losses | {"NF4": 2.0}, "mask") is None
     from_base = {"base": 3.0, "NF4 of base": 3.5, "mask from base": 3.25}
     assert recovered_share(done.study, from_base, "mask from base") == pytest.approx(0.5)
-
-
-def test_the_report_says_what_rounding_cost_and_holds_masks_against_adapters(done, tmp_path):
-    findings = copy.deepcopy(done.findings)
-    for run in findings.test["count"]["NF4"].values():  # rounding may improve so small a model
-        run.evaluation.loss_sums += 0.1 * run.evaluation.tokens
-    tables = study_tables(findings)
-    of_full, of_base = verdicts_over_codes(findings, tables)  # nothing began at the rounded control
-    assert of_full.startswith("count, over NF4. Rounding costs +")
-    assert "nats per token (NF4 - full). " in of_full
-    row = tables["count"].row("mask")
-    assert f"mask {100 * row.recovered:.0f} %" in of_full
-    pairs = re.findall(r"([\w ]+) against ([\w ]+): (ahead|behind|not shown to differ \([^)]*\))\. [+-]", of_full)
-    assert [pair[:2] for pair in pairs] == [(" mask", "QLoRA"), (" mask in codes", "QLoRA in codes")]
-    assert f"and {row.memory / 1e6:.1f} MB in training against" in of_full
-    assert of_base.startswith("count, over NF4 of base. ")
-    write_study_report(findings, tmp_path)
-    table = (tmp_path / "table.md").read_text()
-    assert "recovered %" in table
-    assert "MB in training" in table
-    assert of_full in table
 
 
 def test_what_rounding_needs_is_asked_for_before_anything_is_trained(done, monkeypatch):

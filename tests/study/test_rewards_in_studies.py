@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from tiny import evaluation
-from tiny_study import run_quietly, write_ground
+from tiny_study import run_quietly
 
 from mft.rewards.config import RewardsConfig
 from mft.rewards.questions import count_questions, questions_of
@@ -59,18 +59,12 @@ TEXT = ["objective=cross_entropy", "rewards=null", "arms.taught.teacher_prompt=n
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(ground):
     """Return (findings, directory) of a whole study."""
-    directory = tmp_path_factory.mktemp("rewards")
-    write_ground(directory)
     rows = [{"prompt": f"{i} {i + 1}", "completion": f" {i + 2}"} for i in range(1, 59)]
-    (directory / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "study.yaml").write_text(STUDY.format(directory=directory))
-    study = load_study(directory / "study.yaml")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MFT_CACHE", str(directory / "cache"))
-        findings, _ = run_quietly(study, directory / "run")
-    return findings, directory / "run"
+    (ground / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (ground / "study.yaml").write_text(STUDY.format(directory=ground))
+    return run_quietly(load_study(ground / "study.yaml"), ground / "run")[0], ground / "run"
 
 
 @pytest.mark.slow
@@ -115,40 +109,6 @@ def test_the_report_judges_by_exact_answers_and_draws_rewards(done, tmp_path):
     assert row["minus_control"]["wrong"]["estimate"] == pytest.approx(-row["minus_control"]["answers"]["estimate"])
     assert row["validation"] is not None
     assert console_report(findings)
-
-
-def test_what_arms_learn_by_is_said_where_all_are_taught_and_where_none_is(done):
-    def said(teacher):
-        arms = {
-            name: dataclasses.replace(arm, teacher=teacher if arm.learns else None, teacher_prompt=None)
-            for name, arm in done[0].study.arms.items()
-        }
-        study = dataclasses.replace(done[0].study, arms=arms)
-        return rewards_remark(dataclasses.replace(done[0], study=study))
-
-    all_taught = said("full")
-    lesson = "learned at each token of its own answers what the teacher would say (reverse_kl), not by rewards"
-    assert f"{lesson}: control by full" in all_taught
-    assert "GRPO" not in all_taught
-    assert "But" not in all_taught
-    none_taught = said(None)
-    assert "learned by rewards, 1 for a right answer (exact) and 0 for a wrong one: GRPO by TRL" in none_taught
-    assert "teacher" not in none_taught
-
-
-def test_plain_text_is_refused_before_a_base_is_trained_from_scratch(tmp_path, monkeypatch):
-    monkeypatch.setattr("mft_study.bases.train_from_scratch", pytest.fail)
-    study = load_study("small", ["objective=rewards", f"output_dir={tmp_path / 'run'}"])
-    rule = "domains.headers.source must have questions with answers for objective: rewards, got plain text in 'headers'"
-    with pytest.raises(ValueError, match=rule):
-        run_quietly(study, tmp_path / "run")
-
-
-def test_the_same_study_again_has_nothing_left_to_do(done):
-    findings, directory = done
-    again, lines = run_quietly(findings.study, directory)
-    assert len(again.outcomes) == len(findings.outcomes)
-    assert lines == []
 
 
 def test_a_units_key_knows_how_it_learned(done):
@@ -236,10 +196,7 @@ def asking(done, tmp_path, questions, overrides=()):
 
 
 def test_other_questions_may_be_asked_than_those_of_the_fine_tune(done, tmp_path, monkeypatch):
-    """The base and the fine-tune keep their keys; arms that learn from the questions do not.
-
-    Only the other questions are asked.
-    """
+    """The base and the fine-tune keep their keys; arms that learn from the questions do not."""
     rows = [{"prompt": f"{i} {i + 1}", "completion": f" {i + 2}"} for i in range(20, 46)]
     (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     study = asking(done, tmp_path, f"{{next: {{source: {tmp_path}/others.jsonl, sequence_length: 8}}}}")
@@ -250,25 +207,20 @@ def test_other_questions_may_be_asked_than_those_of_the_fine_tune(done, tmp_path
     assert before.key(base, chosen) == now.key(base, chosen)
     assert before.key(full, chosen) == now.key(full, chosen)
     assert before.key(control, chosen) != now.key(control, chosen)
-
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     workspace, given = Workspace(study, Bases(study, tmp_path)), []
     workspace.begin("next", (), 0)
     monkeypatch.setattr("mft_study.units.train.train_rewards", lambda *args, **options: given.append(args) or [])
     with pytest.raises(AssertionError):  # the run fails without a checkpoint, because nothing is trained
         train_unit(workspace, Job(control, (), tmp_path / "control.safetensors"))
-    (_, _, dataset, config), own = given[0], workspace.splits("next").train
+    ((_, _, dataset, config),) = given
     assert config.steps == math.ceil(count_questions(dataset) / 8)
-    asked, trained = (
-        {question.prompt[0] for question in questions_of(each, workspace.tokenizer, study.rewards)}
-        for each in (dataset, own)
-    )
-    assert asked <= set(range(20, 46))
+    asked = questions_of(dataset, workspace.tokenizer, study.rewards)
+    assert {question.prompt[0] for question in asked} <= set(range(20, 46))
     assert "On next these are other questions than in the fine-tune." in rewards_remark(
         dataclasses.replace(done[0], study=study)
     )
     assert "other questions" not in rewards_remark(done[0])
-    assert not trained <= set(range(20, 46))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from mft.config_file import load_config
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model
 from mft.masks.targets import select_targets
-from mft.tracking.metrics import METRICS, Recorder
 from mft.training.loop import finetune, train_masks
 from mft_study.sensitivity import (
     Group,
@@ -19,9 +18,7 @@ from mft_study.sensitivity import (
     kind_groups,
     layer_groups,
     layer_sensitivity,
-    plot_sensitivity,
     recommendation,
-    sensitivity_table,
 )
 
 TRAIN = TrainConfig(lr=1e-3, steps=12, batch_size=8)
@@ -88,28 +85,7 @@ def test_a_masked_model_is_refused():
         layer_sensitivity(masked_llama(), make_rows(), make_rows(), MaskConfig(), [Group("g", (), "")], TRAIN)
 
 
-def test_phases_are_recorded(tmp_path):
-    model, rows = make_llama(), make_rows()
-    groups = layer_groups(model, MaskConfig(layers_to_transform=[3]))
-    layer_sensitivity(model, rows, rows, MaskConfig.paper(), groups, TRAIN, recorder=Recorder(tmp_path))
-    text = (tmp_path / METRICS).read_text()
-    assert all(f'"{phase}"' in text for phase in ("unmasked, validation", "layer 3", "layer 3, validation"))
-
-
 def test_many_groups_ask_for_more_evidence():
     one = [row("0", -0.0025, 0.001)]
     assert "1 of 1 groups gain" in recommendation(one)
     assert "None of the 12 groups" in recommendation(one + [row(str(i), 0.0, 0.001) for i in range(1, 12)])
-
-
-def test_a_lost_comparison_is_said_with_its_best_group():
-    text = recommendation([row("5", -0.001, 0.002), row("4", 0.004, 0.002)])
-    assert text.startswith("None of the 2 groups gains")
-    assert "5 (mask.layers_to_transform=5), changes the loss by -0.0010 ± 0.0020" in text
-
-
-def test_table_and_plot_are_written(tmp_path):
-    rows = [row("5", -0.02, 0.002), row("4", 0.004, 0.002)]
-    assert sensitivity_table(rows).row_count == 2
-    plot_sensitivity(rows, tmp_path / "sensitivity.png")
-    assert (tmp_path / "sensitivity.png").stat().st_size > 5000

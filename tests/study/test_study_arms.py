@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_study import equal, make_study, write_ground
+from tiny_study import equal, make_study
 
 from mft.evaluation.evaluate import evaluate
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.files.mask_coding import coded_size
 from mft.masks.convert import masked_modules
-from mft.models.frozen_layers import PrefixMemory
 from mft_study.arms.setting import Setting
 from mft_study.arms.weights import with_weights
 from mft_study.bases import Bases
@@ -22,7 +21,7 @@ from mft_study.outcome import Unit
 from mft_study.units import measure
 from mft_study.units.job import Job, model_of
 from mft_study.units.run import run_test, run_unit
-from mft_study.workspace import Workspace, with_layers_remembered
+from mft_study.workspace import Workspace
 
 ARMS = """
   base: {kind: base}
@@ -69,9 +68,7 @@ LAYERS = ("model.layers.2.", "model.layers.3.")
 class Ground:
     """A workspace on files, its fine-tune of seed 0, and units of all arms that begin there; each runs once."""
 
-    def __init__(self, directory: Path, monkeypatch) -> None:
-        monkeypatch.setenv("MFT_CACHE", str(directory / "cache"))
-        write_ground(directory)
+    def __init__(self, directory: Path) -> None:
         self.directory, self._ran = directory, {}
         self.workspace = self.fresh()
         self.full = self.run("full")
@@ -113,9 +110,8 @@ class Ground:
 
 
 @pytest.fixture(scope="module")
-def ground(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        yield Ground(tmp_path_factory.mktemp("ground"), patch)
+def ground(ground):
+    return Ground(ground)
 
 
 def fine_tune(ground):
@@ -139,36 +135,6 @@ def test_every_kind_runs_and_its_files_give_on_test_what_validation_saw(ground, 
     assert tested.test.tempered is not None
     assert tested.test.temperature > 0
     assert found.curve[-1][0] == 1.0
-
-
-def test_layers_below_an_earlier_start_stay_remembered_while_there_is_room(ground, monkeypatch):
-    workspace, ends = ground.fresh(), (ground.job("full").trained,)
-    workspace.begin("count", ends, 0)
-    seen = workspace.memory("validation", 2), workspace.memory("validation", 2, "other")
-    workspace.begin("count", (), 0)
-    of_base = workspace.memory("validation", 2)
-    assert not torch.equal(of_base.states[0], seen[0].states[0])
-    workspace.begin("count", ends, 0)
-    assert (workspace.memory("validation", 2), workspace.memory("validation", 2, "other")) == seen
-    monkeypatch.setattr("mft_study.workspace._EARLIER", of_base.nbytes + sum(memory.nbytes for memory in seen) - 1)
-    workspace.begin("count", (), 0)  # the start that was left earliest is dropped first
-    assert workspace.memory("validation", 2) is of_base
-    workspace.begin("count", ends, 0)
-    again = workspace.memory("validation", 2)
-    assert again is not seen[0]
-    assert torch.equal(again.states[0], seen[0].states[0])
-
-
-def test_with_its_layers_remembered_a_model_runs_its_head_alone(ground):
-    model, rows, tokens = fine_tune(ground).eval(), ground.workspace.splits("count").test, []
-    options = {"batch_size": 3, "first": 2, "memory": PrefixMemory()}
-    expected = evaluate(model, rows, batch_size=3)
-    remembering = with_layers_remembered(model, rows, **options)
-    handle = model.model.layers[3].mlp.register_forward_hook(lambda *call: tokens.append(call[1][0].shape[:2].numel()))
-    found = evaluate(model, rows, **remembering)
-    handle.remove()
-    assert torch.equal(found.loss_sums, expected.loss_sums)
-    assert sum(tokens) < 0.5 * sum(map(len, rows["input_ids"]))  # one row checks the outputs of the layers
 
 
 def test_the_fine_tune_begins_at_the_base_and_is_evaluated_at_its_end_alone(ground):
@@ -291,21 +257,6 @@ def test_temperature_scales_the_fine_tunes_logits(ground):
     tempered = ground.tested("temperature")
     assert equal(tempered.test.evaluation, tempered.test.tempered)
     assert tempered.test.evaluation.loss == pytest.approx(tested.test.tempered.loss, abs=1e-4)
-
-
-def test_answers_are_counted_where_the_study_asks_for_them(ground, monkeypatch):
-    asked = []
-
-    def count(model, tokenizer, dataset, **_):
-        asked.append(len(dataset))
-        return torch.tensor([1]), torch.tensor([2])
-
-    monkeypatch.setattr(measure, "exact_matches", count)
-    assert ground.tested("full").test.answers is None
-    tested = run_test(ground.fresh(answers="[count]"), ground.job("full", on_test=True))
-    assert (tested.test.answers.tolist(), tested.validation.questions.tolist()) == ([1], [2])
-    splits = ground.workspace.splits("count")
-    assert asked == [len(splits.validation), len(splits.test)]
 
 
 def test_a_mask_with_a_fixed_threshold_begins_at_the_fine_tune_and_drops_what_it_learns_to(ground):

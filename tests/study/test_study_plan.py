@@ -1,6 +1,5 @@
 """The next units of a study: the order of its phases, its grids, and the notes for its reader."""
 
-import dataclasses
 import math
 import random
 import re
@@ -17,7 +16,6 @@ from mft_study.arms.setting import Setting
 from mft_study.config import LeadersConfig, StudyConfig
 from mft_study.outcome import Measured, Outcome, Unit
 from mft_study.plan import (
-    best_so_far,
     chosen_units,
     left_to_do,
     notes,
@@ -28,7 +26,6 @@ from mft_study.plan import (
     source_of,
     starts_of,
     without_result,
-    work_of,
 )
 
 RATES = [1e-4, 1e-3, 1e-2]
@@ -211,69 +208,6 @@ def test_more_seeds_or_rates_need_only_what_is_new():
     assert [o.unit for o in more[len(done) :]] == [Unit("code", "control", 0, Setting(3e-3, 1.0))]
 
 
-def test_the_number_of_units_is_known_in_the_end_and_never_too_large_before():
-    study = make()
-    done = play(study, bowl(1e-1))
-    total = len(done) + len(chosen_units(study, done))
-    units = chosen_units(study, done)
-    assert left_to_do(study, done, []) == (len(units), sum(work_of(study, unit, on_test=True) for unit in units))
-    assert left_to_do(study, done, units) == (0, 0)
-    assert 5 + left_to_do(study, done[:5], [])[0] <= total
-
-
-def test_what_is_left_shrinks_with_each_unit_done():
-    ratios = [0.8, 0.9, 0.99]
-    inside = {
-        "full": make_arm("full", lrs=RATES, epochs=[0.5, 1, 2]),
-        "random": make_arm("random", keep_ratios=ratios),
-        "MFT": make_arm("mask", lrs=RATES, keep_ratios=ratios),
-    }
-    study = make(ARMS | inside)
-    done = play(study, bowl(1e-3))  # the best is inside the grid: nothing is added to it
-    left = [left_to_do(study, done[:count], []) for count in range(len(done) + 1)]
-    assert [number for number, _ in left] == list(range(left[0][0], left[0][0] - len(left), -1))
-    whole = sum(work_of(study, o.unit) for o in done) + left[-1][1]
-    assert left[0][1] == pytest.approx(whole, rel=0.1)  # the epochs of further seeds are guessed
-
-
-def test_an_epoch_of_the_whole_model_is_more_work_than_one_of_the_control():
-    study = make()
-    full, control = (work_of(study, Unit("code", arm, 0, Setting(1e-3, 1.0))) for arm in ("full", "control"))
-    assert full > control > work_of(study, Unit("code", "base", 0, Setting()))
-
-
-def test_a_question_that_is_answered_so_many_times_is_as_much_more_work():
-    """The fine-tune before it learns from text. An arm's questions may be other data than the domain's."""
-    study = make()
-    asked = dataclasses.replace(study, objective="rewards", questions={"code": DataConfig(max_train_tokens=1000)})
-    full, control = (Unit("code", arm, 0, Setting(1e-3, 2.0)) for arm in ("full", "control"))
-    assert work_of(asked, full) == work_of(study, full)
-    seen = work_of(study, Unit("code", "control", 0, Setting()))
-    assert work_of(asked, control) - seen == 2 * 1000 * 3 * asked.rewards.num_generations
-
-
-def test_each_general_text_is_more_work():
-    study = make()
-    wider = dataclasses.replace(study, general={name: DataConfig(max_eval_tokens=600) for name in ("code", "other")})
-    unit = Unit("code", "control", 0, Setting(1e-3, 1.0))
-    for on_test, passes in ((False, 1), (True, 3)):  # a text is not general for its own domain
-        assert work_of(wider, unit, on_test=on_test) == work_of(study, unit, on_test=on_test) + passes * 600
-
-
-def test_the_best_so_far_is_what_is_kept():
-    study = make()
-    done = [outcome(Unit("code", "full", 0, Setting(lr, 1.0)), loss) for lr, loss in ((1e-4, 2.2), (1e-3, 2.1))]
-    assert best_so_far(study, done) == {("code", "full"): Setting(1e-3, 1.0)}
-    assert selection(study, done).chosen == {"code": {}}  # its grid is not finished
-
-
-def test_few_rates_are_said():
-    study = make({"full": make_arm("full", lrs=RATES), "control": make_arm("control", lrs=[1e-3])})
-    done = play(study, bowl(1e-1))
-    assert tried(done, "control") == [1e-3]  # one rate is no grid to grow
-    assert notes(study, done) == ["code, control: only 1 rate(s) tried, at least 3 make a fair choice"]
-
-
 CHAIN = {
     "mask on control": make_arm("mask", lrs=RATES, start="control"),
     "part of MFT": make_arm("interpolated", of="MFT", alphas=[0.5, 1]),
@@ -301,9 +235,6 @@ def test_starts_lead_from_the_base_to_where_a_unit_begins_and_a_source_is_the_ch
     assert starts_of(study, chosen, part) == [full]
     assert source_of(study, chosen, part) == Unit("code", "MFT", 1, Setting(1e-3, 1.0, 0.9))
     assert {o.unit.setting.alpha for o in done if o.unit.arm == "part of MFT" and o.unit.seed == 0} == {0.5, 1}
-
-
-# ------------------------------------------------------------------------------------------ leaders
 
 
 LEADING = ARMS | {"LoRA": make_arm("lora", lrs=RATES), "small": make_arm("lora", lrs=RATES)}

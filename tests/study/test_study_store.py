@@ -1,8 +1,5 @@
 """A study on disk: what stays valid when it continues, and what is refused."""
 
-import multiprocessing
-import os
-
 import pytest
 import torch
 from test_study_plan import bowl, outcome, play
@@ -218,23 +215,3 @@ def test_a_broken_file_is_named(tmp_path, content):
     path.write_text(content)
     with pytest.raises(ValueError, match=rf"{path.name} must be the JSON that was written.*delete it"):
         units_kept(tmp_path)
-
-
-def _try_to_open(study, directory, queue):
-    try:
-        with open_store(study, directory):
-            queue.put("opened")
-    except RuntimeError as error:
-        queue.put(str(error))
-
-
-def test_a_second_process_is_refused(tmp_path):
-    study = study_of(tmp_path)
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    with open_store(study, tmp_path / "run"):
-        process = context.Process(target=_try_to_open, args=(study, tmp_path / "run", queue))
-        process.start()
-        said = queue.get(timeout=60)
-        process.join()
-    assert f"output_dir {tmp_path / 'run'} is in use by process {os.getpid()} on " in said

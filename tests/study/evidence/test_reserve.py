@@ -5,10 +5,9 @@ import random
 
 import pytest
 from tiny import WORDS
+from tiny_run import refused, succeed
 from tiny_study import FEW, make_study, run_quietly, write_ground
-from typer.testing import CliRunner
 
-from mft.cli.app import app
 from mft.config import DataConfig
 from mft.data import reserve as documents
 from mft.data import sources
@@ -74,22 +73,6 @@ def test_no_run_reads_the_reserve_that_does_not_ask_for_it(ground):
     assert own.train["input_ids"] == splits.train["input_ids"]
 
 
-def test_rows_do_not_change_where_nothing_of_the_reserve_is_among_them(ground, monkeypatch):
-    """The stored studies are such a case: the reserve is the end of their order of documents."""
-    with monkeypatch.context() as patch:
-        patch.setattr(documents, "_hashes", frozenset)
-        before = rows(ground, None, max_eval_tokens=240)[0]
-    texts, read = list(sources.header_files().values()), {*before.validation["document"], *before.test["document"]}
-    held_out = sources.open_source(DataConfig(source="headers")).load()
-    unread = {n for split in ("validation", "test") for n in held_out[split].numbers} - read
-    hashes = frozenset(documents._hash(texts[n]) for n in unread)
-    monkeypatch.setattr(documents, "_hashes", lambda: hashes)
-    now, _, held = rows(ground, None, max_eval_tokens=240)
-    assert held == unread
-    assert now.validation["input_ids"] == before.validation["input_ids"]
-    assert now.test["input_ids"] == before.test["input_ids"]
-
-
 @pytest.mark.slow
 def test_a_finished_study_is_tested_on_the_reserve_without_training(ground, tmp_path, ledger):
     before, lines = run(ground, tmp_path / "run")
@@ -126,14 +109,5 @@ def test_the_command_says_how_to_open_it_again(ground, tmp_path, ledger):
     study(ground)
     call = ["compare", "--config", str(ground / "study.yaml"), SOURCE, "domains.count.subset=reserve", "seeds=[0]"]
     ledger.write_text(json.dumps([{"study": "run", "models": "others", "date": "2026-01-01"}]))
-    refused = CliRunner().invoke(app, [*call, f"output_dir={tmp_path}/run"])
-    assert refused.exit_code == 2
-    assert "run has opened it on 2026-01-01" in refused.output
-    assert CliRunner().invoke(app, [*call, f"output_dir={tmp_path}/run", "--again"]).exit_code == 0
-
-
-def test_the_library_source_has_no_reserve():
-    with pytest.raises(
-        ValueError, match="data.subset must be pretrain, finetune or null for the stdlib corpus, got 'res"
-    ):
-        sources.open_source(DataConfig(source="stdlib", subset="reserve"))
+    assert "run has opened it on 2026-01-01" in refused(*call, f"output_dir={tmp_path}/run")
+    succeed(*call, f"output_dir={tmp_path}/run", "--again")

@@ -76,9 +76,7 @@ def test_nothing_within_a_budget_is_said():
         "code, MFT and its control, each in at most so many steps: 20 steps: no run of MFT; 40 steps: "
         "MFT (lr 1, epochs 4) - control (lr 1, epochs 2) -0.1000 [-0.1000, -0.1000]"
     )
-    assert seconds.startswith(
-        "code, MFT and its control, each in at most so many seconds: 2.0 s: no run of MFT; 6.0 s: "
-    )
+    assert "so many seconds: 2.0 s: no run of MFT; 6.0 s: " in seconds
 
 
 def test_only_masks_with_a_control_are_compared():

@@ -1,13 +1,10 @@
 """mft plot: pictures from a finished study's files, and its messages for an unfinished or a wrong one."""
 
-import re
-
 import pytest
 import torch
-from tiny_study import FEW, make_study, run_quietly, write_ground
-from typer.testing import CliRunner
+from tiny_run import refused, succeed
+from tiny_study import FEW, make_study, run_quietly
 
-from mft.cli.app import app
 from mft_study.outcome import Unit
 from mft_study.report.pictures import figures
 from mft_study.report.pictures.figures import draw_overlap, draw_surface
@@ -15,7 +12,6 @@ from mft_study.report.pictures.forgetting import curves
 from mft_study.report.table import study_numbers, study_tables
 from mft_study.report.verdict import study_verdicts
 from mft_study.report.write import write_study_report
-from mft_study.store import open_store
 
 ARMS = (
     FEW
@@ -29,16 +25,11 @@ PNG = b"\x89PNG"
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(ground):
     """Return the directory of a finished study, and its findings."""
-    directory = tmp_path_factory.mktemp("figures")
-    write_ground(directory)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MFT_CACHE", str(directory / "cache"))
-        declared = make_study(directory, ARMS.replace("DIRECTORY", str(directory)))
-        findings, _ = run_quietly(declared, directory / "run")
-        write_study_report(findings, directory / "run", {})
-        yield directory / "run", findings
+    findings, _ = run_quietly(make_study(ground, ARMS.replace("DIRECTORY", str(ground))), ground / "run")
+    write_study_report(findings, ground / "run", {})
+    return ground / "run", findings
 
 
 @pytest.mark.slow
@@ -46,9 +37,7 @@ def study(tmp_path_factory):
 def test_each_picture_is_drawn_from_the_command_line(study, tmp_path, what):
     picture = tmp_path / "picture.png"
     options = ["--points", "3", "--rows", "4"] if what == "surface" else []
-    result = CliRunner().invoke(app, ["plot", what, str(study[0]), "--output", str(picture), *options])
-    assert result.exit_code == 0, result.output
-    assert "written: " in result.output
+    assert "written: " in succeed("plot", what, study[0], "--output", picture, *options)
     assert picture.read_bytes()[:4] == PNG
 
 
@@ -109,39 +98,13 @@ def test_the_overlap_is_of_the_weights_that_the_masks_dropped(study, tmp_path, m
 )
 def test_a_wrong_request_says_so(study, arguments, message):
     what, *options = arguments
-    result = CliRunner().invoke(app, ["plot", what, str(study[0]), *options])
-    assert result.exit_code != 0
-    assert message in " ".join(f"{result.output} {result.exception}".split())
-
-
-def test_a_picture_goes_beside_its_study_and_is_no_stranger_there(study):
-    directory, findings = study
-    for asked in (directory, directory / "table.json"):
-        result = CliRunner().invoke(app, ["plot", "summary", str(asked)])
-        assert result.exit_code == 0, result.output
-        assert (directory / "summary.png").read_bytes()[:4] == b"\x89PNG"
-        (directory / "summary.png").unlink()
-    for name in ("summary", "forgetting", "surface", "overlap"):
-        (directory / f"{name}.png").touch()
-    with open_store(findings.study, directory):
-        pass
-    for name in ("summary", "forgetting", "surface", "overlap"):
-        (directory / f"{name}.png").unlink()
+    assert message in " ".join(refused("plot", what, study[0], *options).split())
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"arms": []}', '{"domains": []}'])
 def test_a_table_that_is_no_studys_is_refused(tmp_path, text):
     (tmp_path / "table.json").write_text(text)
-    result = CliRunner().invoke(app, ["plot", "summary", str(tmp_path)])
-    assert result.exit_code == 2
-    assert "table" in result.output
-
-
-@pytest.mark.parametrize("what", ["surface", "overlap", "summary", "forgetting"])
-def test_a_directory_without_a_study_is_refused(tmp_path, what):
-    result = CliRunner().invoke(app, ["plot", what, str(tmp_path)])
-    assert result.exit_code != 0
-    assert re.search("directory must be a (finished )?study's", " ".join(f"{result.output} {result.exception}".split()))
+    assert "table" in refused("plot", "summary", tmp_path)
 
 
 def test_an_unfinished_study_is_refused(study, tmp_path):

@@ -1,16 +1,14 @@
-"""A report's sentences about bytes, from hand-made findings: rows, masks at equal bytes, the plot of loss by bytes."""
+"""A report's sentences about bytes, from hand-made findings: rows, masks at equal bytes, the frontier."""
 
 import json
-import re
-from dataclasses import replace
 
 import pytest
 from test_study_report import ARMS, LOSSES, findings
 
 from mft_study.arms.kinds import make_arm
 from mft_study.report.at_equal_bytes import ABOUT, NO_MORE, at_equal_bytes, remark_on_bytes, said_of_bytes
-from mft_study.report.pictures.by_bytes import Point, frontier, points
-from mft_study.report.table import study_numbers, study_tables
+from mft_study.report.pictures.by_bytes import Point, frontier
+from mft_study.report.table import study_tables
 from mft_study.report.write import write_study_report
 
 RATES = {"lrs": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]}
@@ -106,12 +104,6 @@ def test_ahead_and_behind_are_said_by_the_rules_of_the_verdict(changes, verdict)
     assert one.verdict == verdict
 
 
-def test_what_holm_takes_away_is_not_claimed():
-    _, (one,) = by_bytes()
-    weak = replace(one, difference=replace(one.difference, p_holm=0.06))
-    assert weak.verdict == ("undecided", "not after Holm's correction")
-
-
 def test_holm_counts_the_masks_that_have_a_rival_in_all_domains():
     arms = BY_BYTES | {"MFT 2": ARMS["MFT"], "MFT small": ARMS["MFT"]}
     losses = LOSS | {"MFT": 1.976, "MFT 2": 1.976, "MFT small": 1.9}
@@ -138,34 +130,13 @@ def test_the_report_holds_the_sentence_the_numbers_and_the_picture(tmp_path):
     study, (one,) = by_bytes(documents=1)
     write_study_report(study, tmp_path)
     text = (tmp_path / "table.md").read_text()
-    assert re.search(
-        r"\ncode, at equal bytes\. MFT \(9,001 bytes\) is neither shown ahead of nor behind LoRA 1 \(8,001 bytes, 89 % "
-        r"of its own, the best on validation of 2 that store no more\) \(1 test document, at least 20 are needed\): "
-        r"-0\.0\d+ nats per token, Holm-adjusted p -; on validation -0\.0\d+\.\n",
-        text,
-    )
+    assert "MFT (9,001 bytes) is neither shown ahead of nor behind LoRA 1 (8,001 bytes, 89 % of its own" in text
     assert "over these 1 comparisons" in text
     numbers = json.loads((tmp_path / "table.json").read_text(), parse_constant=pytest.fail)
     (entry,) = numbers["at_equal_bytes"]
     assert (entry["rival"], entry["verdict"], entry["difference"]["low"]) == ("LoRA 1", "undecided", None)
     assert entry["difference"]["estimate"] == one.difference.estimate
     assert (tmp_path / "bytes.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_plot_has_the_arms_that_store_something_beside_the_full_fine_tune():
-    study, _ = by_bytes()
-    found = points(study_numbers(study)["domains"]["code"], "full fine-tune")
-    assert [point.arm for point in found] == [
-        "temperature",
-        "magnitude mask",
-        "LoRA 1",
-        "part of MFT",
-        "MFT",
-        "LoRA 8",
-        "control",
-    ]
-    mask = study_tables(study)["code"].row("MFT").minus_full
-    assert (found[4].low, found[4].estimate, found[4].high) == (mask.low, mask.estimate, mask.high)
 
 
 def test_the_frontier_is_what_no_arm_of_as_few_bytes_reaches():

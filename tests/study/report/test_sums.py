@@ -12,7 +12,7 @@ from test_study_report import findings
 
 from benchmarks import recompute
 from mft_study.arms.setting import Setting
-from mft_study.evidence.sums import UNITS, read_sums
+from mft_study.evidence.sums import read_sums
 from mft_study.report.dominance import draws_of
 from mft_study.report.equal_budgets import EqualBudget
 from mft_study.report.statistics import METRICS, paired
@@ -146,9 +146,6 @@ def test_another_file_is_refused(make, got, tmp_path):
         read_sums(path)
 
 
-# ------------------------------------------------------------------------------------------ by numpy alone
-
-
 @pytest.mark.parametrize("arm", ["base", "full fine-tune", "MFT", "MFT x3"])
 def test_numpy_alone_finds_the_reports_interval(with_answers, arm):
     row = next(row for row in with_answers.table["rows"] if row["arm"] == arm)
@@ -156,31 +153,3 @@ def test_numpy_alone_finds_the_reports_interval(with_answers, arm):
     again = recompute.difference(arrays, "code/test/code", arm, row["against"])
     stored = row["minus_control"]["loss"]
     assert again == pytest.approx({name: stored[name] for name in _OF_A_PAIR}, rel=1e-9)
-
-
-def test_the_script_names_the_leader_and_its_nearest_rival(with_answers, with_texts, capsys):
-    recompute.main([str(with_answers.directory / "sums.npz")])
-    said = capsys.readouterr().out
-    assert "MFT x3" in said.splitlines()[1]  # it has the least loss on validation
-    assert f"MFT x3 - MFT: {recomputed(with_answers.sums, 'code', 'MFT x3', 'MFT').estimate:+.4f} [" in said
-    recompute.main([str(with_texts.directory / "sums.npz"), "--arms", "MFT", "control", "--text", "other"])
-    assert "MFT - control: -0.05" in capsys.readouterr().out
-
-
-def test_the_scripts_unit_is_the_files():
-    assert recompute.UNITS == UNITS
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--domain", "cod"], "--domain must be one of code, got cod"),
-        (["--arms", "MFT", "MTF"], "--arms must be of MFT, MFT x3, base, .*got MTF"),
-        (["--arms", "MFT"], "two arms"),
-        (["--bytes", "-1"], "two arms"),
-        (["--text", "else"], "--text must be one of code, got else"),
-    ],
-)
-def test_the_script_refuses_what_the_file_does_not_hold(with_answers, arguments, message):
-    with pytest.raises(SystemExit, match=message):
-        recompute.main([str(with_answers.directory / "sums.npz"), *arguments])

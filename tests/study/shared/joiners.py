@@ -122,6 +122,31 @@ def finish(ground, directory, processes, seconds=600):
     assert codes == [0] * len(codes), (codes, [path.read_text() for path in directory.parent.glob("*.log")])
 
 
+def until(is_true, what, seconds=600):
+    """Wait until ``is_true()``; return the seconds that it took."""
+    began = time.monotonic()
+    while not is_true():
+        assert time.monotonic() - began < seconds, f"within {seconds} s: {what}"
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def at_once(calls):
+    """Call functions in threads that start together; return what they returned."""
+    barrier, found = threading.Barrier(len(calls)), [None] * len(calls)
+
+    def run(index, call):
+        barrier.wait()
+        found[index] = call()
+
+    threads = [threading.Thread(target=run, args=numbered) for numbered in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
 def round_of_kills(ground, directory, wanted, at_once, results, rng, seconds):
     """Kill joiners of one study until it is done; return the kills by stage.
 

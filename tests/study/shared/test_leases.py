@@ -1,13 +1,14 @@
 """Leases on one directory: who holds which, when a holder counts as dead, and what is refused."""
 
 import errno
+import functools
 import json
 import multiprocessing
 import os
-import threading
 import time
 
 import pytest
+from joiners import at_once, until
 
 from mft_study.shared import leases as module
 from mft_study.shared.leases import ALONE, FOLDER, JOINED, Leases, Pace, open_leases
@@ -36,30 +37,11 @@ def foreign(monkeypatch):
     monkeypatch.setattr(module, "_process", lambda process: ({}, ""))
 
 
-def until_taken(leases, name, seconds=10):
-    began = time.monotonic()
-    while not leases.take(name):
-        assert time.monotonic() - began < seconds, "nobody took over"
-        time.sleep(0.02)
-    return time.monotonic() - began
-
-
 def test_one_of_many_takes_a_name(entered):
-    many, taken = [entered() for _ in range(16)], []
-    start = threading.Barrier(16)
-
-    def take(leases):
-        start.wait()
-        if leases.take("unit"):
-            taken.append(leases)
-
-    threads = [threading.Thread(target=take, args=(leases,)) for leases in many]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(taken) == 1
-    taken[0].release("unit")
+    many = [entered() for _ in range(16)]
+    taken = at_once([functools.partial(leases.take, "unit") for leases in many])
+    assert taken.count(True) == 1
+    many[taken.index(True)].release("unit")
     time.sleep(PACE.look)
     assert many[0].take("unit")
 
@@ -77,7 +59,7 @@ def test_a_holder_that_stopped_is_taken_over_and_learns_it(entered, foreign, tmp
     one, other = entered(KEPT), entered()
     assert one.take("unit")
     assert one.holds("unit")
-    assert until_taken(other, "unit") >= KEPT.expiry
+    assert until(lambda: other.take("unit"), "it is taken over", 10) >= KEPT.expiry
     assert (one.holds("unit"), other.holds("unit"), other.holds("another")) == (False, True, False)
     assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"unit.1", "unit.2"}
     assert not one._beat(tmp_path / FOLDER / "unit.1")
@@ -85,20 +67,6 @@ def test_a_holder_that_stopped_is_taken_over_and_learns_it(entered, foreign, tmp
     assert not entered().take("unit")
     other.release("unit")
     assert not list((tmp_path / FOLDER).glob("unit.*"))
-
-
-def test_a_beat_neither_makes_a_lease_again_nor_writes_in_anothers(entered, tmp_path):
-    one, other = entered(KEPT), entered(KEPT)
-    assert one.take("unit")
-    path = tmp_path / FOLDER / "unit.1"
-    path.unlink()
-    assert not one._beat(path)
-    assert not path.exists()
-    assert other.take("unit")
-    before = path.read_bytes()
-    assert not one._beat(path)
-    one.release("unit")
-    assert path.read_bytes() == before
 
 
 def test_a_process_of_this_machine_that_was_killed_is_taken_over_at_once_and_leaves_nothing(tmp_path):
@@ -124,7 +92,7 @@ def test_no_clock_that_others_could_disagree_on_is_read(entered, foreign, monkey
     for path in one._files():
         os.utime(path, (0, 0))  # in 1970: file times are not read either
     assert not other.take("unit")
-    until_taken(other, "unit")
+    until(lambda: other.take("unit"), "it is taken over", 10)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe rubbish", b"[]\n", b'{"host": 1}\n', b"x" * 100_000, b"[" * 4000])
@@ -133,7 +101,7 @@ def test_a_lease_of_rubbish_is_told_and_expires(tmp_path, content):
     (tmp_path / FOLDER / "unit.1").write_bytes(content)
     said = []
     with Leases(tmp_path, said.append, PACE) as leases:
-        until_taken(leases, "unit")
+        until(lambda: leases.take("unit"), "it is taken over", 10)
     assert "leases/unit.1 must say who holds it, got b'" in said[0]
     assert "taken over from a process that the file does not name" in said[1]
 
@@ -209,9 +177,5 @@ def test_one_of_many_does_what_is_done_once(entered, tmp_path):
         time.sleep(0.2)
         done.write_text("")
 
-    threads = [threading.Thread(target=one.once, args=("what", done.exists, make)) for one in many]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once([functools.partial(one.once, "what", done.exists, make) for one in many])
     assert made == [1]

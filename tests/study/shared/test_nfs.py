@@ -2,11 +2,10 @@
 
 import functools
 import itertools
-import threading
 import time
 
 import pytest
-from joiners import facts, finish, start, told
+from joiners import at_once, facts, finish, start, told, until
 from loopback_nfs import CLIENTS, served
 from tiny_study import equal, new_ground
 
@@ -28,29 +27,6 @@ def seen(shares, request):
     name = request.node.name.partition("[")[0]
     (shares.seen_by("one") / name).mkdir()
     return [shares.seen_by(client) / name for client in CLIENTS]
-
-
-def at_once(calls):
-    """Call functions in threads that start together; return what they returned."""
-    barrier, found = threading.Barrier(len(calls)), [None] * len(calls)
-
-    def run(index, call):
-        barrier.wait()
-        found[index] = call()
-
-    threads = [threading.Thread(target=run, args=numbered) for numbered in enumerate(calls)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-def until(condition, seconds=60):
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds, "this never came"
-        time.sleep(0.05)
 
 
 def test_one_of_two_clients_takes_a_name(seen):
@@ -87,7 +63,7 @@ def test_a_holder_that_beats_is_not_taken_over_and_its_results_are_seen_by_other
         assert not (seen[1] / "told").exists()
         publish(seen[0] / "told", "found")
         one.release("unit")
-        until(lambda: two.take("unit"))
+        until(lambda: two.take("unit"), "it is taken", 60)
         assert (seen[1] / "told").is_file()
 
 
@@ -96,11 +72,11 @@ def test_a_client_without_network_is_replaced_and_learns_it(seen, shares):
         assert one.take("unit")
         shares.network("one", "down")
         try:
-            until(lambda: two.take("unit"))
+            until(lambda: two.take("unit"), "it is taken", 60)
             assert publish(seen[1] / "result", "two")
         finally:
             shares.network("one", "up")
-        until(lambda: "unit" not in one._held, 120)
+        until(lambda: "unit" not in one._held, "it is given up", 120)
         assert not publish(seen[0] / "result", "one")
         assert (seen[0] / "result").read_text() == "two"
 

@@ -4,10 +4,9 @@ import io
 import os
 import signal
 import threading
-import time
 
 import pytest
-from joiners import facts
+from joiners import facts, results_in, until
 from rich.console import Console
 from tiny_study import FEW, equal, make_study, new_ground
 
@@ -40,8 +39,7 @@ def test_actors_find_what_one_process_finds_though_one_is_killed(ground, tmp_pat
         return actor
 
     def kill():
-        while not list((tmp_path / "ray" / "units").glob("*/*/*.json")):
-            time.sleep(0.02)
+        until(lambda: results_in(tmp_path / "ray"), "a result is there")
         os.kill(numbers[0], signal.SIGKILL)
 
     monkeypatch.setattr(module._Actors, "_new", new_and_noted)
@@ -57,8 +55,7 @@ def test_an_interrupted_study_keeps_what_was_finished(ground, tmp_path):
     said = io.StringIO()
 
     def interrupt():
-        while not list((tmp_path / "run" / "units").glob("*/*/*.json")):
-            time.sleep(0.05)
+        until(lambda: results_in(tmp_path / "run"), "a result is there")
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
