@@ -117,6 +117,12 @@ def steps(directory, phase="mask fine-tune"):
     return [(event["step"], event["loss"]) for event in events_of(directory) if event["phase"] == phase]
 
 
+def merged(cli, run):
+    """Return the weights that mft merge makes of this run's masks."""
+    cli.done("merge", run, f"{run}-merged")
+    return load_file(Path(f"{run}-merged", "model.safetensors"))
+
+
 def assert_same_masks(*runs):
     assert equal(*(load_file(run / "masks" / "adapter_model.safetensors") for run in runs))
 

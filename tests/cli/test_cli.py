@@ -190,8 +190,7 @@ def test_flips_of_runs_are_drawn_from_their_metrics(cli, tmp_path):
     assert f"{100 * read_flips(tmp_path / 'run1' / 'metrics.jsonl').from_start[-1]:.2f} % of the mask's bits" in output
     cli.done("plot", "flips", "run0", "run1", "--output", "flips.png")
     assert (tmp_path / "flips.png").read_bytes()[:4] == b"\x89PNG"
-    code, output = cli("plot", "flips", "run0", "run1")
-    assert (code, output) == (0, "written: run0/flips.png\n")
+    assert cli.done("plot", "flips", "run0", "run1") == "written: run0/flips.png\n"
     check_run_directory("run0", overwrite=True)  # the picture belongs to the run
     output = cli.refused("plot", "flips", "run0", "nowhere")
     assert "a directory must be the output_dir of mft train, got one without nowhere/metrics.jsonl" in output

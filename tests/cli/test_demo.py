@@ -84,15 +84,6 @@ def test_an_earlier_demo_is_deleted_finished_or_not_and_another_run_only_if_aske
     assert begins(overwrite=True)
 
 
-def test_a_directory_of_something_else_is_refused_before_the_model_is_loaded(config, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "study.yaml").touch()  # as the demo wrote it before 0.2
-    config.model.name = "not there"
-    for overwrite in (False, True):
-        with pytest.raises(ValueError, match=r"output_dir must be new, empty or a run's, got .* with study.yaml"):
-            run_demo(config, overwrite=overwrite)
-
-
 @pytest.mark.parametrize("name", ["model.layers.3.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bit_that_differs_is_an_error(name, dtype):

@@ -42,21 +42,6 @@ def test_the_verb_prints_a_table_and_the_choice():
     assert rows["fits"] == ["no", "no", "yes", "yes", "yes"]
 
 
-@pytest.mark.parametrize(
-    ("model", "host", "said"),
-    [
-        ("qwen3-30b-a3b", "256GB", "memory: layerwise. it is the fastest way that fits"),
-        ("gpt-oss-20b", "64GB", "the GPU needs 95.6 GB of the host or more; mask fewer layers (--layers) or attention"),
-    ],
-)
-def test_mixtures_on_a_card_of_24_gb(model, host, said):
-    layers = ["--layers", "4-7"] if model.startswith("qwen") else []
-    output = (done if said.startswith("memory: ") else fails)(
-        *PAPER, "--model", model, "--gpu", "24GB", "--host", host, *layers
-    )
-    assert said in output
-
-
 def test_processes_share_the_machine_and_a_step():
     """With fewer micro-batches, each process needs less for boundaries, but has less memory than a single process."""
     asked = ("--model", "llama2-7b", "--layers", "4-7", "--memory", "layerwise", "--gpu", "24GB", "--host", "200GB")
@@ -66,9 +51,7 @@ def test_processes_share_the_machine_and_a_step():
     assert "needs 54.4 GB of the host's 50.0 GB" in output
     output = done(*PAPER, *asked, "--processes", "4")
     assert "16 of a step's 32 batches at once: the hidden states of more do not fit" in output
-    assert "on a GPU, each of 4 processes; in GB" in output
     assert "4 processes on one machine: each runs at most 32 of a step's 128 micro-batches" in output
-    assert "seconds, for 32 micro-batches per step, are not measured" in output
     found = done(*PAPER, "--model", "llama2-7b", "--layers", "4-7", "--cpu", "200GB", "--processes", "4", "--json")
     assert json.loads(found)["device_limit_gb"] == 50
     output = fails(*asked, "--processes", "4", "--accumulation", "3")
@@ -112,12 +95,6 @@ def test_what_is_not_given_is_what_mft_train_would_take():
     assert "smollm2-135m, all layers, 2 x 512 tokens" in output
     assert "as mft train by default: --sequence 512, --accumulation 1" in output
     assert "as mft train by default" not in done(*PAPER, "--model", "smollm2-135m", "--micro-batch", "2")
-
-
-def test_seconds_of_a_small_step_are_not_rounded_to_none():
-    output = done("--model", "smollm2-135m")
-    seconds = next(line for line in output.splitlines() if "seconds per step" in line).split()[3:]
-    assert all(0 < float(each) < 10 for each in seconds)
 
 
 def test_on_a_cpu_there_is_one_memory():

@@ -68,14 +68,6 @@ def test_help_of_a_key_explains_it(asked, told):
         assert "Usage" not in output
 
 
-def test_help_of_a_study_explains_its_keys():
-    output = succeed("compare", "--help", "arms.MFT.lrs", "stage.batch_size")
-    assert "arms.NAME.lrs=[]" in output
-    assert "stage.batch_size=1" in output
-    output = refused("compare", "--help", "stage.lr")  # the arms decide it
-    assert "unknown key 'stage.lr'; did you mean " in output
-
-
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

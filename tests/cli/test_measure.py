@@ -17,12 +17,6 @@ def row(scores, held, eager=1.0, m=1):
     return Row("bf16", "forward", m, samples)
 
 
-def shown(content):
-    console = new_console(io.StringIO(), width=120)
-    console.print(content)
-    return console.file.getvalue()
-
-
 @pytest.mark.parametrize(
     ("ratio", "told"), [(0.9, "faster"), (0.96, "level"), (1.0, "level"), (1.05, "level"), (1.06, "SLOWER")]
 )
