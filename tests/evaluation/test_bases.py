@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from tiny import make_rows, masked_llama
 
-from mft.config import ModelConfig
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import keeping_all, masked_modules
 from mft.masks.export_format import read_export
@@ -98,7 +97,3 @@ def test_keeping_all_is_the_model_without_masks_and_ends(mask):
         assert evaluate(model, rows).loss == evaluate(expected, rows).loss != before
     assert evaluate(model, rows).loss == before
     assert {module.threshold for module in masked_modules(model).values()} == {mask.get("threshold")}
-
-
-def test_the_default_is_the_exact_base():
-    assert (ModelConfig().quantization, ModelConfig().quantize_masked) == (None, False)

@@ -7,8 +7,7 @@ from architectures.sweeps import SWEEPS
 from tiny import WORDS, make_gpt2, make_llama, make_mistral
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 
-from mft.evaluation import continuation
-from mft.evaluation.continuation import continue_all, continue_prompts, generating
+from mft.evaluation.continuation import continue_prompts, generating
 from mft.models.key_value_cache import reads_on
 
 DISTINCT = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
@@ -67,16 +66,6 @@ def test_an_attention_or_a_state_of_a_model_s_own_reads_every_prompt(kind):
     assert first == again
 
 
-def test_prompts_of_one_token_and_prompts_that_differ_are_read_as_they_are():
-    model = make_llama()
-    reads = Reads(model)
-    with torch.no_grad(), generating(model, settings()):
-        continue_prompts([[5], [5]], model, 0)
-        continue_prompts(DISTINCT, model, 0)
-    assert [shape for shape in reads.shapes if shape[1] > 1 or len(reads.shapes) == 1] == [(3, 6)]
-    assert reads.shapes[0] == (2, 1)
-
-
 def test_samples_of_one_prompt_differ_and_their_distribution_is_the_model_s():
     model = make_llama()
     torch.manual_seed(0)
@@ -86,24 +75,3 @@ def test_samples_of_one_prompt_differ_and_their_distribution_is_the_model_s():
     wanted[1] = -torch.inf  # eos, which min_new_tokens forbids
     shares = torch.bincount(torch.tensor(found), minlength=61) / 4000
     torch.testing.assert_close(shares, wanted.softmax(0), atol=0.01, rtol=0)
-
-
-def test_prompts_are_continued_in_batches_of_16_or_fewer_long_ones(monkeypatch):
-    batches = []
-
-    def echo(prompts, *_):
-        batches.append(len(prompts))
-        return [prompt[:1] for prompt in prompts]
-
-    monkeypatch.setattr(continuation, "continue_prompts", echo)
-    settings = GenerationConfig(max_new_tokens=1, pad_token_id=0)
-    for length, given, sizes in (
-        (2, None, [16, 4]),
-        (1000, None, [4] * 5),
-        (5000, None, [1] * 20),
-        (1000, 16, [16, 4]),
-    ):
-        batches.clear()
-        prompts = [[i] * (length - i % 3) for i in range(20)]
-        assert continue_all(prompts, make_llama(), settings, given) == [prompt[:1] for prompt in prompts]
-        assert batches == sizes

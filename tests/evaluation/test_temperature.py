@@ -43,13 +43,18 @@ def test_in_the_same_pass_the_model_is_evaluated_as_it_is(trained, options):
     assert plain.tempered_sums is None
 
 
+def divided(logits, batch, temperature):
+    """Return the loss of divided logits."""
+    targets = batch["labels"][:, 1:].flatten()
+    return torch.nn.functional.cross_entropy((logits[:, :-1] / temperature).flatten(0, 1), targets).item()
+
+
 @pytest.mark.parametrize("options", [{}, {"way": "resident", "device": "cpu"}])
 def test_the_tempered_loss_is_that_of_divided_logits(trained, options):
     rows = make_rows(5)
     batch = rows.with_format("torch")[:]
     with torch.no_grad():
-        logits = trained(batch["input_ids"]).logits[:, :-1] / 1.7
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+        expected = divided(trained(batch["input_ids"]).logits, batch, 1.7)
     plain, tempered = evaluate_tempered(trained, rows, 1.7, **options)
     assert tempered.loss == pytest.approx(expected, rel=1e-5)
     assert plain.loss != pytest.approx(expected, rel=1e-3)
@@ -59,8 +64,7 @@ def test_sixteen_bit_logits_are_divided_in_fp32():
     model, rows = make_llama(torch.bfloat16), make_rows(5)
     batch = rows.with_format("torch")[:]
     with torch.no_grad():
-        logits = model.lm_head(model.model(batch["input_ids"])[0]).float()[:, :-1] / 3
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+        expected = divided(model.lm_head(model.model(batch["input_ids"])[0]).float(), batch, 3)
     assert evaluate_tempered(model, rows, 3.0, batch_size=5)[1].loss == pytest.approx(expected, rel=1e-6)
 
 
@@ -135,8 +139,7 @@ def test_capped_logits_are_divided_after_the_cap():
     model, rows = make_gemma2(), make_rows(2)
     batch = rows.with_format("torch")[:]
     with torch.no_grad():
-        logits = model(batch["input_ids"]).logits[:, :-1] / 0.3
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten()).item()
+        expected = divided(model(batch["input_ids"]).logits, batch, 0.3)
     assert evaluate_tempered(model, rows, 0.3)[1].loss == pytest.approx(expected, rel=1e-6)
     assert fit_temperature(model, rows) > 0
 

@@ -6,17 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from tiny import WORDS, make_llama, make_rows
+from tiny import WORDS, make_llama
 from tiny_run import assert_goes_on_bit_for_bit
 from whole_logits import WAYS, Widths, assert_same, by_hand, make_masked, step
 
 from mft.config import TrainConfig
 from mft.data.batches import take_rows
-from mft.engines.layerwise import Layerwise
-from mft.engines.mode import MODES, place
+from mft.engines.mode import MODES
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import keeping_all
-from mft.objectives.cross_entropy import CrossEntropy
 from mft.objectives.distillation import Distillation
 from mft.objectives.dpo import DPO
 from mft.objectives.kl import KL
@@ -134,47 +132,6 @@ def test_no_tensor_as_wide_as_the_vocabulary_has_more_rows_than_a_chunk(name, mo
     with Widths() as widths:
         step(make_masked("resident"), "resident", BUILT_IN[name][0](), [batch], monkeypatch)
     assert max(widths.rows) == 128
-
-
-def test_layerwise_takes_the_base_up_while_a_layers_weights_are_here(monkeypatch):
-    """The weights move as often as for cross entropy."""
-    orders = []
-    visit = Layerwise._visit
-    monkeypatch.setattr(Layerwise, "_visit", lambda self, order: (orders.append(order), visit(self, order))[1])
-    batches = [take_rows(make_rows(), [0, 1]), take_rows(make_rows(), [2, 3])]
-    for objective in (CrossEntropy(), KL()):
-        step(make_masked("layerwise"), "layerwise", objective, batches, monkeypatch)
-    assert len(orders) == 4
-    assert orders[:2] == orders[2:]
-
-
-def test_dpo_asks_the_base_once_a_row(monkeypatch):
-    asked = []
-    remember = DPO.remember
-    monkeypatch.setattr(DPO, "remember", lambda *given: (asked.extend(given[-1].rows), remember(*given))[1])
-    objective = DPO()
-    train = TrainConfig(steps=8, batch_size=2, lr=1e-2)
-    for _ in range(2):  # each training has its own rows
-        train_masks(make_masked("plain"), make_pairs(), train, objective=objective)
-    assert sorted(asked) == [0, 0, 1, 1, 2, 2, 3, 3]
-
-
-@pytest.mark.parametrize("way", ["plain", "in_place", "resident", "layerwise"])
-def test_rows_that_are_recalled_ask_the_base_no_more(way, monkeypatch):
-    """The rows run in the groups of that time, on which the last bits may depend."""
-    batches, known = [take_rows(make_pairs(), [0, 1]), take_rows(make_pairs(), [2, 3])], []
-    for recalled in (True, False):
-        objective, model = DPO(), make_masked(way)
-        if recalled:
-            placed = place(model, way=way, device="cpu", objective=objective)
-            runner = placed.start(batches[0].input_ids[:1, :8], TrainConfig(steps=1))
-            runner.recall(batches)
-            runner.close()
-        else:
-            step(model, way, objective, batches, monkeypatch)
-        assert not any(objective.needs_reference(batch) for batch in batches)
-        known.append(objective._known)
-    assert known[0] == known[1]
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,9 @@ import re
 import pytest
 from huggingface_hub import ModelCard
 from tiny import equal, masked_llama, save_llama
-from typer.testing import CliRunner
+from tiny_run import succeed
 
 import mft
-from mft.cli.app import app
 from mft.config_file import save_config
 from mft.masks.convert import merge_model
 from mft.masks.export import save_masks
@@ -77,14 +76,6 @@ def test_the_base_is_loaded_at_the_revision_that_the_run_had(run):
     assert 'mft.load_model(mft.ModelConfig("smollm2-135m", revision="v1", dtype="float32"))' in card_of(run)
 
 
-def test_the_same_facts_give_the_same_card_and_an_edit_is_seen(run):
-    card = card_of(run)
-    assert card == card_of(run)
-    assert is_made(card)
-    assert not is_made(card.replace("Masks of", "Fine masks of"))
-    assert not is_made(card + "more\n")
-
-
 def test_what_nothing_says_is_left_out(tmp_path):
     card = card_of(save_masks(masked_llama(), tmp_path / "masks"))
     data = ModelCard(card).data
@@ -119,8 +110,7 @@ def test_its_blocks_run_and_give_the_merged_model(hub, run, tmp_path, monkeypatc
         exec(text, names)
         model = names["model"].merge_and_unload() if text is through_peft else names["model"]
         assert equal(model.state_dict(), expected)
-    result = CliRunner().invoke(app, merge.split())
-    assert result.exit_code == 0, result.output
+    succeed(*merge.split())
     push_to_hub(tmp_path / "merged", "user/merged")
     merged = hub.repositories["user/merged"].files()["README.md"].content.decode()
     data = ModelCard(merged).data
@@ -132,8 +122,6 @@ def test_its_blocks_run_and_give_the_merged_model(hub, run, tmp_path, monkeypatc
     exec(loading, names)
     assert equal(names["model"].state_dict(), expected)
 
-
-# ---------------------------------------------------------------------------------------------- texts of strangers
 
 MARKUP = "# Trusted\n\n<img src=x onerror=alert(1)> [click](https://evil.example) `x`"
 EVIL = f"a/b/c\n\n{MARKUP} | cell | \u202e\\|\n```\n---\nend"

@@ -8,7 +8,6 @@ from huggingface_hub import constants
 from tiny import make_llama, masked_llama
 
 from mft.files.hub import HubError, NotOnHub, hub_is_reachable
-from mft.masks.bank import load_mask_bank
 from mft.masks.convert import masked_modules
 from mft.masks.export import load_masks, save_masks
 from mft.masks.location import local_directory, masks_directory
@@ -182,12 +181,6 @@ def test_masks_that_were_damaged_on_the_hub_or_learned_on_another_base_are_refus
         other.model.layers[2].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(ValueError, match="the masks were learned on other weights of the same shapes"):
         load_masks(other, NAME)
-
-
-def test_a_bank_takes_tasks_from_both(hub, repository, saved):
-    bank = load_mask_bank(make_llama(), {"near": saved, "far": f"{NAME}@main"})
-    assert bank.tasks == ("near", "far")
-    assert len(set(bank.nbytes().values())) == 1
 
 
 def test_a_hub_that_answers_with_an_error_is_told_apart_from_one_without_the_repository(hub, repository):

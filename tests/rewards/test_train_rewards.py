@@ -20,7 +20,6 @@ pytest.importorskip("trl")
 
 from mft.rewards import train as train_module
 from mft.rewards import trainer
-from mft.rewards.questions import questions_of
 from mft.rewards.train import train_rewards
 
 # PEFT calls transformers by its old name.
@@ -187,15 +186,6 @@ def test_rates_follow_the_schedule(base, tokenizer, rows):
     assert all(a.seconds < b.seconds for a, b in pairwise(reports))
 
 
-def test_packed_rows_ask_the_same_questions(base, tokenizer, rows):
-    pairs = [rows[i : i + 2] for i in range(0, 24, 2)]
-    columns = {name: [[*pair[name][0], *pair[name][1]] for pair in pairs] for name in ("input_ids", "labels")}
-    more = {"document": list(range(12)), "starts": [[0, 24]] * 12}
-    packed = type(rows).from_dict(columns | more)
-    ours, theirs = (questions_of(one, tokenizer, config()) for one in (packed, rows))
-    assert ours == theirs
-
-
 def test_the_kl_is_to_the_start_which_stays_and_its_weight_draws_towards_it(base, tokenizer):
     """No answer is ever right, so only the KL teaches."""
     rows = make_rows([(prompt, " 77") for prompt, _ in questions(8)], tokenizer)
@@ -233,15 +223,6 @@ def test_steps_on_the_same_answers_sample_once(base, tokenizer, rows):
     sampled = [(report.reward, report.tokens, report.entropy) for report in reports]
     assert sampled[0][:2] == sampled[1][:2]
     assert sampled[0] != sampled[2]
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_question_is_read_once_in_sampling_and_in_learning(base, tokenizer, rows, checkpointing):
-    model, read = masked(copy.deepcopy(base)), []
-    model.get_input_embeddings().register_forward_hook(lambda _, given, made: read.append((*given[0].shape,)))
-    train_rewards(model, tokenizer, rows, config(steps=1, gradient_checkpointing=checkpointing))
-    whole = [shape for shape in read[1:] if shape[0] == 16 and shape[1] > 4]  # longer than any answer
-    assert (len(whole) == 0) != checkpointing  # a checkpointed layer keeps no keys and values
 
 
 # ---------------------------------------------------------------------------------------------- nothing is left behind

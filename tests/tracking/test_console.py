@@ -1,13 +1,10 @@
 """The single console: user input is shown as it was given."""
 
-import ast
 import io
-from pathlib import Path
 
 import pytest
 from rich.table import Table
 
-import mft
 from mft.tracking.console import console, new_console, say
 from mft.tracking.progress import Progress
 
@@ -69,14 +66,3 @@ def test_a_table_in_a_pipe_has_one_line_a_row_however_wide(capsys):
     assert max(map(len, file.getvalue().splitlines())) <= 40  # a width that is asked for holds in a file too
     new_console(file, width=40).print(path, soft_wrap=True)
     assert file.getvalue().endswith(f"\n{path}\n")
-
-
-def test_no_module_makes_a_console_of_its_own():
-    folder = Path(mft.__file__).parent
-    makers = [
-        path.name
-        for path in folder.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Console", "_Console")
-    ]
-    assert makers == ["console.py"]

@@ -1,4 +1,4 @@
-"""Progress on a terminal of any width and elsewhere: every figure complete, times in units that need no conversion."""
+"""Progress on a terminal of any width and elsewhere, and times in units that need no conversion."""
 
 import io
 
@@ -33,22 +33,6 @@ def last_line(width, clock, name="mask fine-tune", done=1, total=1000, seconds=1
     return page.file.getvalue().rstrip("\n")
 
 
-@pytest.mark.parametrize(
-    ("width", "bar", "words"),
-    [
-        (200, 20, "mask fine-tune 38/1000 loss 2.346 1205 tokens/s 27 min left"),
-        (80, 5, "mask fine-tune 38/1000 loss 2.346 1205 tokens/s 27 min left"),
-        (75, 0, "mask fine-tune 38/1000 loss 2.346 1205 tokens/s 27 min left"),
-        (60, 0, "mask fine-tune 38/1000 loss 2.346 27 min left"),
-        (46, 0, "mask fine-tune 38/1000 27 min left"),
-    ],
-)
-def test_a_narrow_terminal_loses_whole_figures_the_least_wanted_first(clock, width, bar, words):
-    line = last_line(width, clock, done=38)
-    assert [word for word in line.split() if set(word) - set("━╸")] == words.split()
-    assert line.index("38/1000") == len("mask fine-tune    ") + 2 + (bar + 2 if bar else 0) + 2
-
-
 @pytest.mark.parametrize("width", range(20, 131, 5))
 @pytest.mark.parametrize("name", ["x", "before, validation", "/a/long/path/of/a/model-[7b], validation"])
 def test_a_line_is_one_line(clock, width, name):
@@ -74,15 +58,6 @@ def test_steps_of_an_earlier_process_count_neither_in_speed_nor_in_what_is_left(
         assert phase.figures == ["10 tokens/s"]
 
 
-def test_the_share_dropped_stands_behind_the_loss_until_another_is_known(clock):
-    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
-    with Progress(console).phase("mask fine-tune", 100) as phase:
-        for dropped in (0.000423, None):
-            clock(6)
-            phase.advance(tokens=60, loss=1, dropped=dropped)
-            assert phase.figures == ["loss 1.000", "0.0423 % dropped", "10 tokens/s"]
-
-
 @pytest.mark.parametrize("options", [{}, {"force_terminal": True, "_environ": {"TERM": "dumb"}}], ids=["file", "dumb"])
 def test_elsewhere_a_line_at_most_every_ten_seconds(clock, options):
     console = Console(file=io.StringIO(), width=30, **options)
@@ -100,32 +75,6 @@ def test_elsewhere_a_line_at_most_every_ten_seconds(clock, options):
             (9, 54, "1 h 39 min"),
         ]
     ]
-
-
-def test_an_evaluation_within_a_run_stands_below_it_and_is_none_of_its_speed(clock):
-    console = Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
-
-    def shown():
-        page = Console(file=io.StringIO(), width=80, color_system=None)
-        page.print(phase)
-        return [" ".join(line.split()) for line in page.file.getvalue().splitlines()]
-
-    with Progress(console).phase("mask fine-tune", 4) as phase:
-        clock(1)
-        phase.advance(tokens=60)
-        with phase.within("step 1, validation", 10) as inside:
-            clock(29)
-            inside.advance(5, tokens=290)
-            above, below = shown()
-            assert above.startswith("mask fine-tune")
-            assert below.startswith("step 1, validation")
-            assert "5/10 10 tokens/s 29 s left" in below
-        assert len(shown()) == 1
-        assert phase.figures == ["60 tokens/s"]
-        assert "1 min 30 s left" in shown()[0]
-        phase.over = True  # although steps are missing
-    assert "1/4" in shown()[0]
-    assert "in 30 s" in shown()[0]
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,8 @@ import sys
 import time
 
 import pytest
-from tiny import make_rows
 from tiny_run import LEARN, assert_same_masks, events_of, in_a_fork, steps
 
-from mft.config import TrainConfig
-from mft.engines.step import StepReport
 from mft.tracking import metrics
 from mft.tracking.trackers import Scalars, Trackers
 from mft.training.checkpoint import write_checkpoint
@@ -221,23 +218,6 @@ def test_a_run_that_goes_on_shows_the_objectives_losses_of_before():
     plain = {"phase": "validation", "step": 2, "loss": 4.0, "accuracy": 0.5}
     assert metrics.Recorder(events=[before]).validation == {2: 0.6}
     assert metrics.Recorder(events=[plain]).validation == {2: 4.0}
-
-
-def test_the_plot_is_drawn_again_while_the_run_trains_in_a_hundredth_of_its_time(tmp_path, monkeypatch):
-    now, drawn = [0.0], []
-
-    def plot(curves, *_, **__):
-        now[0] += 2.0
-        drawn.append((now[0], len(curves["mask fine-tune"])))
-
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(metrics, "plot_curves", plot)
-    recorder = metrics.Recorder(tmp_path, plot=True)
-    with recorder.training("mask fine-tune", make_rows(), TrainConfig(steps=24)) as on_step:
-        for step in range(1, 25):
-            now[0] += 10.0
-            on_step(StepReport(step, 24, 2.0, 1e-3, 64, now[0]))
-    assert drawn == [(32.0, 3), (234.0, 23)]
 
 
 @pytest.mark.slow
