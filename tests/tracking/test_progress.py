@@ -56,6 +56,10 @@ def test_steps_of_an_earlier_process_count_neither_in_speed_nor_in_what_is_left(
         phase.advance(tokens=60)
         assert phase.left == pytest.approx(54)
         assert phase.figures == ["10 tokens/s"]
+        for dropped in (0.000423, None):  # it stands until another is known
+            clock(6)
+            phase.advance(tokens=60, dropped=dropped)
+            assert phase.figures == ["0.0423 % dropped", "10 tokens/s"]
 
 
 @pytest.mark.parametrize("options", [{}, {"force_terminal": True, "_environ": {"TERM": "dumb"}}], ids=["file", "dumb"])

@@ -139,6 +139,7 @@ def test_a_study_too_small_to_tell_says_first_that_nothing_can_be_concluded(chan
     (text,) = study_verdicts(study)
     assert text.startswith(f"code. MFT: {INCONCLUSIVE} ({why}). MFT - full fine-tune: -0.0")
     assert not any(claim in text for claim in (HELPS, LOST, NO_EVIDENCE, "nan"))
+    assert ("A single seed: the intervals know of documents only" in text) == (why.startswith("a single seed"))
 
 
 def test_no_validation_no_claim():
