@@ -1,26 +1,26 @@
 """The boards' page: the best entries at a budget, from a stored study."""
 
 import json
-from pathlib import Path
 
 from benchmarks.board import board, main
+from benchmarks.records import RESULTS, ROOT
 
-RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "compare-all-layers-smollm2.json"
+PAGE = (ROOT / "docs" / "explanation" / "board.md").read_text(encoding="utf-8")
 
 
 def test_the_command_prints_each_mask_and_its_best_rivals(capsys):
-    main([str(RESULT.with_name("compare-board-smollm2.json")), "--equal-bytes"])
+    main([str(RESULTS / "compare-board-smollm2.json"), "--equal-bytes"])
     table = capsys.readouterr().out.strip()
-    ahead = "no more | 0.90 | 2.2908 | LoRA 2 in 4 bits | 0.31 | 2.2999 | -0.0094 [-0.0167, -0.0029] | 0.025 | ahead (not of all)"
-    level = "about as much | 0.90 | 2.2908 | LoRA 7 in 4 bits | 1.08 | 2.2970 | -0.0065 [-0.0161, +0.0018] | 0.256 | not shown"
-    assert f"| {ahead} |" in table and f"| {level}" in table
-    assert table in (RESULT.parents[2] / "docs" / "explanation" / "board.md").read_text(encoding="utf-8")
+    ahead = "2.2908 | LoRA 2 in 4 bits | 0.31 | 2.2999 | -0.0094 [-0.0167, -0.0029] | 0.025 | ahead (not of all) |"
+    level = "2.2908 | LoRA 7 in 4 bits | 1.08 | 2.2970 | -0.0065 [-0.0161, +0.0018] | 0.256 | not shown"
+    assert f"| no more | 0.90 | {ahead}" in table
+    assert f"| about as much | 0.90 | {level}" in table
+    assert table in PAGE
 
 
 def test_the_page_has_the_tables_of_the_stored_board():
-    page = (RESULT.parents[2] / "docs" / "explanation" / "board.md").read_text(encoding="utf-8")
     for name, count in (("board-small", 12), ("board-smollm2", 6)):
-        stored = RESULT.with_name(f"compare-{name}.json")
+        stored = RESULTS / f"compare-{name}.json"
         tables = board(name, json.loads(stored.read_text(encoding="utf-8"))).split("\n\n")
         assert len(tables) == count
-        assert [table for table in tables if table not in page] == []
+        assert [table for table in tables if table not in PAGE] == []
