@@ -59,7 +59,6 @@ from .codes import Int4 as Int4
 from .codes import Int8 as Int8
 from .codes import Nf4 as Nf4
 from .codes import Nf4Dq as Nf4Dq
-from .codes import Table as Table
 from .mask.held import Weight as Weight  # what a held layer may have in place of a weight
 from .mask.in_place import MaskedInPlace as MaskedInPlace  # `memory: in_place`
 from .ops.grouped import GROUPED_PACKED as GROUPED_PACKED  # quantised experts: the product,

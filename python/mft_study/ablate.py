@@ -32,7 +32,7 @@ _COLOURS = {
 
 def ratio_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
     """Derive a study of masks at every keep ratio: trained, by magnitude, random. Masks without a ratio stay too."""
-    ratios = [_number("values", value) for value in values] or list(RATIOS)
+    ratios = [_number(value) for value in values] or list(RATIOS)
     masks = _masks(study)
     by_ratio = {name: arm for name, arm in masks.items() if arm.choices(study.mask).get("keep_ratio")}
     arms = _prototypes(study, Full, Control) | {name: arm for name, arm in masks.items() if name not in by_ratio}
@@ -69,7 +69,7 @@ def data_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
     Each share is a domain; all are evaluated on the same rows. The arms of a share start from its own fine-tune, with
     the number of epochs that validation chooses. If only one number is declared, its double is added.
     """
-    shares = [_number("values", value) for value in values] or list(SHARES)
+    shares = [_number(value) for value in values] or list(SHARES)
     domains = {}
     for name, data in study.domains.items():
         if data.max_train_tokens is None:
@@ -226,8 +226,8 @@ def _prototype(study: StudyConfig, kind: type[Arm]) -> Arm:
     return study.arms[name]
 
 
-def _number(name: str, text: str) -> float:
+def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"--{name} must be numbers with commas between them, got {text!r}") from None
+        raise ValueError(f"--values must be numbers with commas between them, got {text!r}") from None

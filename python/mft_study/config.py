@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from mft.checks import (
     POSITIVE,
@@ -293,28 +293,24 @@ class StudyConfig:
     def train_of(self, arm: Arm, setting: Setting, seed: int) -> TrainConfig:
         """Return how an arm is trained in a setting. seed draws the order of the data."""
         train = self.stage if arm.follows else self.full
-        assert setting.lr is not None  # trained arms have a rate
-        betas = train.betas if arm.betas is None else arm.betas
-        if setting.beta1 is not None:
-            betas = (setting.beta1, betas[1])
-        return dataclasses.replace(train, lr=setting.lr, epochs=setting.epochs, steps=None, betas=betas, seed=seed)
+        own = _own_optimiser(arm, setting, train.betas)
+        return dataclasses.replace(train, epochs=setting.epochs, steps=None, seed=seed, **own)
 
     def rewards_of(self, arm: Arm, setting: Setting, seed: int, questions: int) -> RewardsConfig:
         """Return the same for the objective rewards. questions: the number of training questions."""
-        assert setting.lr is not None  # trained arms have a rate
-        betas = self.rewards.betas if arm.betas is None else arm.betas
-        if setting.beta1 is not None:
-            betas = (setting.beta1, betas[1])
+        own = _own_optimiser(arm, setting, self.rewards.betas)
         steps = max(1, math.ceil((setting.epochs or 1.0) * questions / self.rewards.questions))
-        return dataclasses.replace(self.rewards, lr=setting.lr, steps=steps, betas=betas, seed=seed)
+        return dataclasses.replace(self.rewards, steps=steps, seed=seed, **own)
+
+
+def _own_optimiser(arm: Arm, setting: Setting, betas: tuple[float, float]) -> dict[str, Any]:
+    """Return lr and betas of an arm in a setting. betas: those of an arm without its own."""
+    assert setting.lr is not None  # trained arms have a rate
+    beta1, beta2 = betas if arm.betas is None else arm.betas
+    return {"lr": setting.lr, "betas": (beta1 if setting.beta1 is None else setting.beta1, beta2)}
 
 
 def _check_not_evaluated(section: str, train: TrainConfig) -> None:
+    rule = "be null in a study, because validation chooses between the study's own checkpoints"
     for key in ("eval_every", "eval_minutes"):
-        value = getattr(train, key)
-        check_rule(
-            value is None,
-            section + key,
-            "be null in a study, because validation chooses between the study's own checkpoints",
-            value,
-        )
+        check_rule(getattr(train, key) is None, section + key, rule, getattr(train, key))

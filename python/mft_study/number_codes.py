@@ -16,36 +16,27 @@ A stream holds the positions, the codes and the scales of all tensors. Before ea
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mft.files.mask_coding import coded_mask, decoded_mask
-from mft_kernels.internal import INT8_LARGEST, Int4, Nf4, Table
+from mft_kernels.internal import INT8_LARGEST, Int4, Nf4
 from mft_study.arms.weights import Weights
 
 _LENGTH = 4  # bytes
-
-
-class _Format(Protocol):
-    """How numbers are rounded."""
-
-    def encode(self, numbers: Tensor) -> list[bytes]:
-        """Return the runs of bytes for a tensor's numbers (n,), fp32."""
-
-    def decode(self, runs: list[bytes], counts: list[int]) -> list[Tensor]:
-        """Return the numbers of each tensor, counts[i] of them, from runs that hold all tensors one after the other."""
 
 
 class _Bf16:
     """bfloat16."""
 
     def encode(self, numbers: Tensor) -> list[bytes]:
+        """Return the runs of bytes for a tensor's numbers (n,), fp32."""
         both = numbers.bfloat16().view(torch.uint8).view(-1, 2)
         return [_bytes_of(both[:, 1]), _bytes_of(both[:, 0])]
 
     def decode(self, runs: list[bytes], counts: list[int]) -> list[Tensor]:
+        """Return the numbers of each tensor, counts[i] of them, from runs that hold all tensors one after the other."""
         high, low = (_numbers_of(run) for run in runs)
         return list(torch.stack((low, high), 1).view(torch.bfloat16).view(-1).float().split(counts))
 
@@ -85,15 +76,11 @@ class _Levels:
         return [shares[code] * scale.repeat_interleave(self.block)[: len(code)] for code, scale in zip(codes, scales)]
 
 
-def _table(kind: type[Table]) -> _Levels:
-    return _Levels(kind.levels, kind.block)
-
-
-_FORMATS: dict[str, _Format] = {
+_FORMATS: dict[str, _Bf16 | _Levels] = {
     "bf16": _Bf16(),
     "int8": _Levels(tuple(map(float, range(-INT8_LARGEST, INT8_LARGEST + 1))), 64),
-    "nf4": _table(Nf4),
-    "int4": _table(Int4),
+    "nf4": _Levels(Nf4.levels, Nf4.block),
+    "int4": _Levels(Int4.levels, Int4.block),
 }
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mft.config import DataConfig
 from mft_study.arms.full import Full
 from mft_study.arms.means import Average
 from mft_study.arms.setting import Setting
@@ -170,13 +169,10 @@ def left_to_do(study: StudyConfig, outcomes: Iterable[Outcome], tested: Iterable
     outcomes = list(outcomes)
     units, found, seen = units_left(study, outcomes), _Found(study, outcomes), list(tested)
     number, work, without = len(units), sum(work_of(study, unit) for unit in units), without_result(study, outcomes)
-    for domain, data in study.domains.items():
+    for domain in study.domains:
         tests = sum(len(found.seeds_of(domain, arm)) for arm in study.arms if arm not in without[domain])
         tests -= sum(unit.domain == domain for unit in seen)
-        number, work = (
-            number + tests,
-            work + tests * (_work_on_test(data) + _work_on_general(study, domain, on_test=True)),
-        )
+        number, work = number + tests, work + tests * _work_on_test(study, domain)
     return number, work
 
 
@@ -184,7 +180,7 @@ def work_of(study: StudyConfig, unit: Unit, *, on_test: bool = False) -> float:
     """Estimate the work of a unit, in evaluated tokens. The remaining time is estimated from it."""
     config, data = study.arms[unit.arm], study.domains[unit.domain]
     if on_test:
-        return _work_on_test(data) + _work_on_general(study, unit.domain, on_test=True)
+        return _work_on_test(study, unit.domain)
     trained, learned = unit.setting.epochs or 0, data
     if config.follows:
         learned = study.questions.get(unit.domain, data)
@@ -194,9 +190,8 @@ def work_of(study: StudyConfig, unit: Unit, *, on_test: bool = False) -> float:
         trained *= _ANSWERED * study.rewards.num_generations
     elif config.whole_model:
         trained *= _WHOLE_MODEL
-    return (
-        trained * (learned.max_train_tokens or 1) + (data.max_eval_tokens or 1) + _work_on_general(study, unit.domain)
-    )
+    evaluated = (data.max_eval_tokens or 1) + _work_on_general(study, unit.domain)
+    return trained * (learned.max_train_tokens or 1) + evaluated
 
 
 def notes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[str]:
@@ -254,13 +249,13 @@ def sorted_outcomes(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Out
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _work_on_test(data: DataConfig) -> float:
-    return 2 * (data.max_eval_tokens or 1)  # validation again, and test
+def _work_on_test(study: StudyConfig, domain: str) -> float:
+    both = 2 * (study.domains[domain].max_eval_tokens or 1)  # validation again, and test
+    return both + 3 * _work_on_general(study, domain)  # also the KL divergence, which runs two models
 
 
-def _work_on_general(study: StudyConfig, domain: str, *, on_test: bool = False) -> float:
-    passes = 3 if on_test else 1  # its loss; on test also the KL divergence, which runs two models
-    return passes * sum(study.general[name].max_eval_tokens or 1 for name in study.general_of(domain))
+def _work_on_general(study: StudyConfig, domain: str) -> float:
+    return sum(study.general[name].max_eval_tokens or 1 for name in study.general_of(domain))
 
 
 class _Found:
@@ -399,7 +394,8 @@ class _Found:
         if waiting:
             return [Unit(domain, arm, self.study.seeds[0], setting) for setting in waiting]
         best = self.best(domain, arm)
-        return [] if best is None else self.missing(domain, arm, best, seeds)
+        units = [] if best is None else [Unit(domain, arm, seed, best) for seed in seeds]
+        return [unit for unit in units if unit not in self.by_unit]
 
     def why_none(self, domain: str, arm: str) -> str:
         """Return why no setting of the arm can be chosen, whatever still runs; "" if one can, or may later."""
@@ -446,10 +442,6 @@ class _Found:
             missing = [part for part in parts_of(self.study, whole) if part not in self.by_unit]
             units += missing or [unit for unit in [whole] if unit not in self.by_unit]
         return units
-
-    def missing(self, domain: str, arm: str, setting: Setting, seeds: list[int]) -> list[Unit]:
-        units = [Unit(domain, arm, seed, setting) for seed in seeds]
-        return [unit for unit in units if unit not in self.by_unit]
 
 
 def _order(setting: Setting) -> tuple[Any, ...]:

@@ -47,6 +47,7 @@ FORMAT = 2  # increase it when the same declaration gives other results
 STUDY, BASE_MODEL, BASES, UNITS, TRAINED, TEST = "study.yaml", "base", "bases", "units", "trained", "test"
 ALIKE = "alike.json"
 FORGETTING = "forgetting.png"
+BYTES = "bytes.png"
 _OURS = {
     STUDY,
     BASE_MODEL,
@@ -58,15 +59,12 @@ _OURS = {
     TABLE_MARKDOWN,
     TABLE_JSON,
     SUMS,
-    PLOT,
-    FORGETTING,
     ABLATION,
     FOLDER,
     ALIKE,
 }
-BYTES = "bytes.png"
+_OURS |= {PLOT, FORGETTING, BYTES, "rewards.png", "summary.png", "surface.png", "overlap.png"}  # pictures
 _NFS = ".nfs"  # begins the name of a file that was deleted on NFS while a process had it open
-_OURS |= {BYTES, "rewards.png", "summary.png", "surface.png", "overlap.png"}  # written by mft plot
 _CHECKSUM = "checksum"  # key of a result's file: of its other values and of the file's name
 _OPENINGS, _REPORTED = "openings.json", "reported.json"
 _FREE = ("output_dir", "workers")  # keys that do not change any result
@@ -233,9 +231,6 @@ class Store:
     def path(self, unit: Unit, chosen: Chosen) -> Path:
         """Return where a unit's outcome lies, or will lie."""
         return self._path(UNITS, unit, self.key(unit, chosen), "json")
-
-    def save(self, outcome: Outcome, chosen: Chosen) -> None:
-        self.tell_outcome(outcome, self.path(outcome.unit, chosen))
 
     def tell_outcome(self, outcome: Outcome, path: Path, own: Path | None = None, trained: Path | None = None) -> None:
         """Write an outcome to its path. own: where its weights are now, if they must still be moved to trained."""

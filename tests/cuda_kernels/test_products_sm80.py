@@ -9,7 +9,12 @@ import emulated
 import pytest
 import torch
 from by_name import oracle
-from checked_products import assert_one_product_in_every_schedule, assert_one_sum_in_every_schedule, check_products, one_threshold
+from checked_products import (
+    assert_one_product_in_every_schedule,
+    assert_one_sum_in_every_schedule,
+    check_products,
+    one_threshold,
+)
 from host_program import built, run
 from in_turn import in_turn
 from products import ALL, MODES, assert_same, within

@@ -34,7 +34,7 @@ def filled(tmp_path, loss=None, **options):
     chosen = selection(study, done).chosen
     with open_store(study, tmp_path / "run") as store:
         for one in done:
-            store.save(one, chosen)
+            store.tell_outcome(one, store.path(one.unit, chosen))
             store.trained(one.unit, chosen).parent.mkdir(parents=True, exist_ok=True)
             store.trained(one.unit, chosen).write_text("weights")
     return study, done, chosen
@@ -146,7 +146,7 @@ def test_another_fine_tune_makes_what_followed_it_invalid(tmp_path):
     study, done, chosen = filled(tmp_path)
     better = outcome(Unit("count", "full", 0, Setting(3e-2, 1.0)), 0.5)
     with open_store(study, tmp_path / "run") as store:
-        store.save(better, chosen)
+        store.tell_outcome(better, store.path(better.unit, chosen))
         kept = {one.unit.arm for one in store.outcomes()}
     assert kept == {"base", "full"}
     assert len(done) > 4
@@ -159,7 +159,8 @@ def test_another_choice_of_an_arm_makes_what_followed_it_invalid(tmp_path):
     assert {"on", "part"} <= {unit.arm for unit in units_kept(tmp_path, arms=arms)}
     with open_store(study, tmp_path / "run") as store:
         for arm in ("control", "MFT"):
-            store.save(outcome(Unit("count", arm, 0, Setting(1e-3, 1.0, 0.9 if arm == "MFT" else None)), 0.5), chosen)
+            unit = Unit("count", arm, 0, Setting(1e-3, 1.0, 0.9 if arm == "MFT" else None))
+            store.tell_outcome(outcome(unit, 0.5), store.path(unit, chosen))
         kept = {one.unit.arm for one in store.outcomes()}
     assert not {"on", "part"} & kept
     assert {"base", "full", "control", "MFT"} <= kept

@@ -12,7 +12,7 @@ from mft.masks.convert import mask_model, masked_modules
 from mft.models.causal_lm import decoder_layers, first_trainable_layer, head_of, run_decoder, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.token_loss import backward_token_loss
-from mft.training.loop import NonFiniteLoss, finetune, schedule_factor, train_masks, train_weights
+from mft.training.loop import NonFiniteLoss, finetune, schedule_factor, train_loop, train_masks
 
 
 def score_gradients(model):
@@ -48,12 +48,12 @@ def test_training_masks_learns_and_moves_scores_alone():
 
 
 def test_training_chosen_weights_moves_them_alone():
-    model = make_llama()
+    model, name = make_llama().requires_grad_(False), "model.layers.3.mlp.down_proj.weight"
     before = copy.deepcopy(model.state_dict())
-    name = "model.layers.3.mlp.down_proj"
-    train_weights(model, [name], make_rows(), TrainConfig(lr=1e-2, steps=2))
+    model.get_parameter(name).requires_grad_(True)
+    train_loop(model, make_rows(), TrainConfig(lr=1e-2, steps=2))
     moved = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
-    assert moved == [f"{name}.weight"]
+    assert moved == [name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

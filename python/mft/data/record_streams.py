@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import pyarrow
@@ -32,23 +32,11 @@ from mft.files.arrow_file import map_arrow
 _BATCH = 64  # rows of a table that are converted to Python objects at a time
 
 
-class Reader(Protocol):
-    """Reads on from the position where it was opened. ``position`` is after the record that it returned last."""
-
-    columns: dict[str, None]  # all columns seen so far, also those that are not read
-
-    @property
-    def position(self) -> Any: ...
-
-    def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
-        """Yield (record, its place for messages)."""
-
-
 @dataclass(frozen=True)
 class RecordStream:
     """open(position) returns a Reader; position None starts at the beginning."""
 
-    open: Callable[[Any], Reader]
+    open: Callable[[Any], "Reader"]
 
 
 def stream_files(paths: Sequence[Path]) -> RecordStream:
@@ -73,7 +61,7 @@ def stream_records(records: Records) -> RecordStream:
 
 
 class _FileReader:
-    """position: [index of the file, position in it]."""
+    """Yields (record, its place for messages). position: [index of the file, position in it]."""
 
     def __init__(self, paths: Sequence[Path], position: Any) -> None:
         self._paths, self.position = paths, position or [0, None]
@@ -124,6 +112,9 @@ class _RecordsReader:
             yield without_filling(row) if of_arrow else row, self._records.place(self.position - 1)
 
 
+# Reads on from the position where it was opened. position: after the record that it returned last. columns: all that it
+# has seen so far, also those that are not read.
+Reader = _FileReader | _HubReader | _RecordsReader
 Found = Iterator[tuple[dict[str, Any], Sequence[str], str, Any]]  # record, columns, place, position of the next record
 
 

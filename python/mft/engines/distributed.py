@@ -15,7 +15,6 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -108,12 +107,26 @@ class Processes:
         assert work is not None, "this process is one of those that are summed"
         return work
 
-    def together(self) -> "contextlib.AbstractContextManager[Any]":
-        """Return a context for work without communication: if it fails in one process, it fails in all.
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block without communication: if it fails in one process, it fails in all, so that none waits forever.
 
         Raises: the block's error in the process that failed; OtherFailed, with its message and rank, in the others.
         """
-        return contextlib.nullcontext() if self.count == 1 else _Together(self)
+        try:
+            yield
+        except Exception as error:  # not KeyboardInterrupt, which leaves at once
+            self._tell(f"{type(error).__name__}: {error}")
+            raise
+        self._tell(None)
+
+    def _tell(self, failure: str | None) -> None:
+        """Tell the others how this process failed, or that it did not. Raises: OtherFailed if only others failed."""
+        if self.largest(int(failure is not None)):
+            told = self.gather(failure)
+            if failure is None:
+                rank, words = next((rank, words) for rank, words in enumerate(told) if words is not None)
+                raise OtherFailed([rank], len(told), words)
 
     def all_rows(self, rows: Tensor, count: int) -> Tensor:
         """Gather the whole tensor of count rows. Each process has ceil(count / processes) rows; the last ones fewer."""
@@ -206,26 +219,6 @@ class Processes:
         if self.count > 1:
             hashes = {name: torch.hash_tensor(tensor.detach()).view(torch.int64) for name, tensor in tensors.items()}
             self.agree({f"the hash of {name}": int(value) for name, value in hashes.items()})
-
-
-class _Together:
-    """If one process raises, all raise: otherwise they would wait for its gradients forever."""
-
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and not isinstance(error, Exception):
-            return  # such as KeyboardInterrupt: leave at once
-        if not self._processes.largest(int(error is not None)):
-            return
-        told = self._processes.gather(None if error is None else f"{type(error).__name__}: {error}")
-        if error is None:
-            rank, words = next((rank, words) for rank, words in enumerate(told) if words is not None)
-            raise OtherFailed([rank], len(told), words)
 
 
 ALONE = Processes()

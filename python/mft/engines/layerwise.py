@@ -62,7 +62,8 @@ class Layerwise(LayerEngine):
                 f"train.max_grad_norm must be null with memory: layerwise, got {max_norm:g}: a layer's scores are "
                 "updated before the gradients below it exist, so there is no global norm; memory: resident has one"
             )
-        *earlier, last = self._portions(batches)
+        size = self.at_once or len(batches)
+        *earlier, last = (batches[i : i + size] for i in range(0, len(batches), size))
         sums = Resting()
         with self.states.processes.together():
             self.objective.prepare(batches)
@@ -112,15 +113,12 @@ class Layerwise(LayerEngine):
 
     def _climb(self, batches: Sequence[MicroBatch], scale: float, on_loss: OnLoss) -> _Top:
         """Run all batches from their tokens to their losses."""
-        start = self._remembered_all(batches)
-        below = [] if start is not None else [self._outside, *range(self.first)]
-        order = [*below, *range(self.first, self.depth), self._outside, *reversed(range(self.first, self.depth))]
-        visits = self._visit(order)
-        hidden = start if start is not None else self._below(batches, visits)
+        masked = range(self.first, self.depth)
+        visits, hidden = self._begin(batches, [*masked, self._outside, *reversed(masked)])
         referring = [batch for batch in batches if self.objective.needs_reference(batch)]
         base = Resting()
         boundaries: list[Resting] = []
-        for _ in range(self.first, self.depth):
+        for _ in masked:
             layer = next(visits)
             boundaries.append(hidden)
             base = self._through_base(layer, base, hidden, batches, referring)
@@ -128,6 +126,14 @@ class Layerwise(LayerEngine):
         next(visits)
         grads = self._losses(batches, hidden, base, referring, scale, on_loss)
         return _Top(batches, visits, boundaries, grads)
+
+    def _begin(self, batches: Sequence[MicroBatch], order: list[int]) -> tuple[Iterator[int], Resting]:
+        """Return visits of order, and the inputs of the first masked layer: cached, or by visits of those below it."""
+        start = self._remembered_all(batches)
+        if start is not None:
+            return self._visit(order), start
+        visits = self._visit([self._outside, *range(self.first), *order])
+        return visits, self._below(batches, visits)
 
     def _enter(self, batches: Sequence[MicroBatch], visits: Iterator[int]) -> Resting:
         next(visits)
@@ -162,10 +168,7 @@ class Layerwise(LayerEngine):
         return deque(self._rest(self.up_base(layer, state, batch)) for batch, (state,) in zip(referring, states))
 
     def _recall_base(self, batches: Sequence[MicroBatch], referring: list[MicroBatch]) -> None:
-        start = self._remembered_all(batches)
-        below = [] if start is not None else [self._outside, *range(self.first)]
-        visits = self._visit([*below, *range(self.first, self.depth), self._outside])
-        hidden = start if start is not None else self._below(batches, visits)
+        visits, hidden = self._begin(batches, [*range(self.first, self.depth), self._outside])
         base = Resting()
         for _ in range(self.first, self.depth):
             base = self._through_base(next(visits), base, hidden, batches, referring)
@@ -193,10 +196,6 @@ class Layerwise(LayerEngine):
         for batch, total in zip(batches, totals):
             on_loss(batch, total)
         return grads
-
-    def _portions(self, batches: Sequence[MicroBatch]) -> list[Sequence[MicroBatch]]:
-        size = self.at_once or len(batches)
-        return [batches[i : i + size] for i in range(0, len(batches), size)]
 
     def _buffers(self, sums: Resting) -> Iterator[list[Tensor]]:
         """Yield each layer's gradient buffers on the device, from the last layer down: from sums if any, else zeros."""

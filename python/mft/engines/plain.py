@@ -30,12 +30,6 @@ class Plain(OwnForward):
         self._stepper.__enter__()
         self._masked = [module for module in placed.model.modules() if isinstance(module, MaskedLayer)]
 
-    def check(self) -> None:
-        """Do nothing: a masked layer detects non-finite scores in its next forward."""
-
-    def finish(self) -> None:
-        """Do nothing: the model's own parameters were trained."""
-
     def check_learned(self) -> None:
         """Raise NonFiniteLoss if a trained tensor is not finite. Call before a save: no later loss would show it."""
         for name, tensor in self.learned().items():

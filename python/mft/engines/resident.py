@@ -36,7 +36,9 @@ class Resident(LayerEngine):
             self.objective.prepare(batches)
             for batch in batches:
                 boundaries: list[Tensor] = []
-                total, grad = self._top(batch, boundaries, scale)
+                hidden, base = self._climb(batch, boundaries)
+                total, grad = self.loss(batch, hidden, scale, base)
+                del hidden, base
                 on_loss(batch, total)
                 top = [grad]
                 del grad  # so that _descend can free it
@@ -55,13 +57,8 @@ class Resident(LayerEngine):
             with torch.no_grad():
                 yield self.calls.leave(batch.input_ids.to(self.mover.device), hidden)
 
-    def _top(self, batch: MicroBatch, boundaries: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-        """Run the forward pass and the loss; append the inputs from the first masked layer on to boundaries."""
-        hidden, base = self._climb(batch, boundaries)
-        return self.loss(batch, hidden, scale, base)
-
     def _climb(self, batch: MicroBatch, boundaries: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """Return the last layer's output, and the base model's output if the objective needs it."""
+        """Return the last layer's output, and the base's if needed; append the masked layers' inputs to boundaries."""
         hidden = self._below(batch)
         base = self._climb_base(batch, hidden) if self.objective.needs_reference(batch) else None
         for layer in range(self.first, self.depth):

@@ -16,12 +16,6 @@ class ScoreRunner(Runner):
         """Raise NonFiniteScores, which names the layer, if the last step made a score NaN or infinite."""
         self.states.check()
 
-    def check_learned(self) -> None:
-        """Do nothing: check() checks the scores after every step."""
-
-    def finish(self) -> None:
-        """Do nothing: the model's own scores were trained."""
-
     @property
     def optimizer(self) -> MaskAdamW:
         return self.states.optimizer

@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,21 +23,12 @@ def product(x: Tensor, weight: Tensor, packed: Tensor | None, bias: Tensor | Non
     return F.linear(x, weight, bias) if packed is None else masked_linear_packed(x, weight, packed, bias)
 
 
-class Choice(Protocol):
-    """Which masks the rows of a batch take."""
-
-    tasks: tuple[str | None, ...]
-
-    def product(self, layer: "BankedLinear", x: Tensor) -> Tensor:
-        """(..., K) -> (..., N)"""
-
-
 class BankedLayer(nn.Module):
     """A frozen weight and bias with one packed mask per task. Subclasses define the forward."""
 
     masks_weight = True  # see mft_kernels/layers/maskable.py
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, choice: ContextVar[Choice]) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, choice: "ContextVar[Choice]") -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -46,7 +37,7 @@ class BankedLayer(nn.Module):
         self.tasks: frozenset[str] = frozenset()  # every task of the model's bank, also those that mask other layers
         self._choice = choice
 
-    def choice(self) -> Choice:
+    def choice(self) -> "Choice":
         """Return the choice that bank.use made for this thread. Raises: RuntimeError outside bank.use."""
         choice = self._choice.get(None)
         if choice is None:
@@ -84,7 +75,7 @@ class BankedLinear(BankedLayer):
     Shapes: weight (N, K), bias (N,), both frozen; each task's mask int32 (N, ceil(K / 32)); x (..., K).
     """
 
-    def __init__(self, linear: nn.Linear, choice: ContextVar[Choice]) -> None:
+    def __init__(self, linear: nn.Linear, choice: "ContextVar[Choice]") -> None:
         super().__init__(linear.weight, linear.bias, choice)
         self.out_features, self.in_features = linear.weight.shape
         self.train(linear.training)
@@ -189,6 +180,9 @@ class TaskPerRow:
                 torch.tensor(places, device=device),
             )
         return self._groups[masked, device]
+
+
+Choice = OneTask | TaskPerRow  # which masks the rows of a batch take
 
 
 @dataclass(frozen=True)

@@ -186,14 +186,10 @@ def loss_peak(shape: ModelShape, tokens: int, objective: str = "cross_entropy") 
     """Return the peak bytes of final norm, head and loss: with the last layer's output, without the head's weight."""
     hidden = tokens * shape.hidden * shape.dtype_bytes
     norm = tokens * shape.hidden * 4 if shape.dtype_bytes != 4 else 0
+    held, few = _LOGITS[objective], min(tokens, CHUNK)
+    logits = shape.vocabulary * (held.tensors * few * shape.dtype_bytes + held.fp32 * min(few, held.rows) * 4)
     # Hidden states before and after the norm, those of the scored tokens, and their gradients chunk by chunk.
-    chunks = 4 * hidden + norm + _logits(shape, min(tokens, CHUNK), objective)
+    chunks = 4 * hidden + norm + logits
     # The gradients chunk by chunk, the same in one tensor, and the gradient of the norm's output.
     backward = 4 * hidden + norm + 4 * tokens * shape.hidden * _NORM_COPIES
     return max(chunks, backward)
-
-
-def _logits(shape: ModelShape, tokens: int, objective: str) -> int:
-    """Return the bytes that the objective holds for a chunk of tokens."""
-    held = _LOGITS[objective]
-    return shape.vocabulary * (held.tensors * tokens * shape.dtype_bytes + held.fp32 * min(tokens, held.rows) * 4)

@@ -126,10 +126,10 @@ class RunSizes:
         ]
         return max(steps, key=lambda sizes: sum(sizes.values()))
 
-    def flipping(self, names: Sequence[str]) -> Sizes:
+    def flipping(self) -> Sizes:
         """Return the most bytes of one matrix's step in place: a copy of it, a byte per weight, and its mask."""
-        staging = max(self.size_of(name) * (self.shape.dtype_bytes + 1) + self.mask_of(name) for name in names)
-        return {"staging": staging, "sums": max(self.sum_of(name, self.grad_bytes) for name in names)}
+        staging = max(self.size_of(name) * (self.shape.dtype_bytes + 1) + self.mask_of(name) for name in self.named)
+        return {"staging": staging, "sums": max(self.sum_of(name, self.grad_bytes) for name in self.named)}
 
     def selection(self, held: Sizes) -> dict[str, Sizes]:
         """Return the phase after the last layer's step with a budget: bytes by kind; empty without a budget."""
@@ -158,20 +158,18 @@ class RunSizes:
         dense = [
             matrix for name, matrix in self.shape.linears.items() if self.workload.quantize_masked or name not in masked
         ]
+        largest = max((n * k for n, k in dense), default=0) * self.shape.dtype_bytes
         return Layer(
             self.shape,
             self.workload.tokens,
             masked,
             rows=self.workload.micro_batch,
             input_grad=index > self.first,
-            dense=self._dense(dense) if self.workload.quantization else 0,
+            dense=largest if self.workload.quantization else 0,
             coded={name for name in self.shape.experts if self._is_quantized(index, name)},
             score_bytes=score_bytes,
             flash=self.workload.device == "cuda",
         )
-
-    def _dense(self, matrices: Sequence[tuple[int, int]]) -> int:
-        return max((n * k for n, k in matrices), default=0) * self.shape.dtype_bytes
 
     def _is_quantized(self, layer: int, name: str) -> bool:
         masked = self.masks[layer] and name in self.targets

@@ -157,7 +157,7 @@ class InPlace(Plain):
         added = dtype if workload.own_accumulation > 1 or workload.grad_dtype is not None else 0
         return {
             **self.autograd(run, resident, added),
-            "optimiser": resident | run.flipping(run.named),
+            "optimiser": resident | run.flipping(),
             **run.selection(resident),
         }
 
@@ -314,7 +314,7 @@ class Sharded(InPlace):
             summing = {"activations": saved, "gathered": below, "sums": sent}
             found += [before | {"gradients": done} | sizes for sizes in (at_work, summing)]
         own["backward"] = max(found, key=lambda sizes: sum(sizes.values()))
-        flipping = {name: size // parts for name, size in run.flipping(run.named).items() if name != "sums"}
+        flipping = {name: size // parts for name, size in run.flipping().items() if name != "sums"}
         return {**own, "optimiser": resident | flipping, **run.selection(resident)}
 
     def host(self, run: RunSizes) -> Sizes:

@@ -191,11 +191,11 @@ def layer_index(name: str, stacks: dict[str, nn.ModuleList]) -> int | None:
     return None
 
 
-def listed(items: Iterable[str], separator: str = ", ") -> str:
+def listed(items: Iterable[str]) -> str:
     """Join the first few items for a message, and say how many more there are."""
     items = list(items)
     rest = len(items) - _SHOWN
-    return separator.join(items[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(items[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 # ---------------------------------------------------------------------------------------------- private

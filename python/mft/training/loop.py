@@ -26,7 +26,6 @@ from mft.masks.saved_modules import saved_modules, train_whole
 from mft.masks.surrogate import Surrogate, surrogate_of
 from mft.models.causal_lm import FEW, input_device
 from mft.models.frozen_layers import PrefixMemory
-from mft.models.linears import weight_name
 from mft.models.next_tokens import check_next_tokens
 from mft.models.packed_rows import keeping_apart
 from mft.models.weight_files import weight_files
@@ -106,14 +105,6 @@ def checked_surrogate(model: nn.Module) -> Surrogate | None:
             f"{free[0]}"
         )
     return surrogate
-
-
-def train_weights(model: nn.Module, modules: list[str], dataset, train: TrainConfig, **options) -> list[StepReport]:
-    """Train the weights of the named modules in place: the baseline for masks. options: see train_loop."""
-    model.requires_grad_(False)
-    for name in modules:
-        model.get_parameter(weight_name(model, name)).requires_grad_(True)
-    return train_loop(model, dataset, train, **options)
 
 
 def train_loop(model: nn.Module | Placed, dataset, train: TrainConfig, **options: Any) -> list[StepReport]:

@@ -1,7 +1,7 @@
 """The rows of each step: a data set's rows in an order drawn from train.seed, or a stream's rows as they come."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy
 import torch
@@ -15,54 +15,20 @@ from mft.engines.distributed import Processes
 _CHUNK = 1024  # rows whose labels are counted together
 
 
-class RowSource(Protocol):
-    """The source of the rows of train_loop's steps. count: the number of different rows, or None if unknown."""
-
-    count: int | None
-
-    def first(self) -> Tensor:
-        """Return input_ids (1, T) of some row."""
-
-    def heaviest(self) -> MicroBatch | None:
-        """Return a micro-batch that needs at least as much memory as any later one; None if all need the same."""
-
-    def go_on(self, done: int, state: Mapping[str, Any] | None, recall: Callable[[list[MicroBatch]], None]) -> None:
-        """Move to the position after ``done`` steps, whose state() is given.
-
-        recall is called with micro-batches whose results can be cached.
-        """
-
-    def next_step(self) -> list[MicroBatch]:
-        """Return the micro-batches of the next step that this process runs."""
-
-    def state(self) -> dict[str, Any] | None:
-        """Return what a checkpoint keeps for go_on; None if the number of steps is enough."""
-
-
-def open_rows(dataset: Any, train: TrainConfig, processes: Processes) -> RowSource:
-    """Return the row source of a data set or a stream. Raises: ValueError if dataset holds no row."""
-    if isinstance(dataset, StreamedRows):
-        return _Streamed(dataset, train, processes)
-    if len(dataset) == 0:
-        raise ValueError("dataset must hold at least one row to train on, got 0")
-    return _Numbered(dataset, train, processes)
-
-
-# ---------------------------------------------------------------------------------------------- private
-
-
 class _Numbered:
     """Every row of a data set once per epoch, with a new order in each epoch."""
 
     def __init__(self, dataset: Any, train: TrainConfig, processes: Processes) -> None:
-        self.count: int | None = len(dataset)
+        self.count = len(dataset)
         self._dataset, self._train, self._processes = dataset, train, processes
         self._numbers = _row_numbers(len(dataset), train.seed)
 
     def first(self) -> Tensor:
+        """Return input_ids (1, T) of some row."""
         return take_rows(self._dataset, [0]).input_ids
 
     def heaviest(self) -> MicroBatch | None:
+        """Return a micro-batch that needs at least as much memory as any later one; None if all need the same."""
         numbers = range(len(self._dataset))
         chunks = [list(numbers[start : start + _CHUNK]) for start in range(0, len(numbers), _CHUNK)]
         scored = torch.cat([count_labels(take_rows(self._dataset, rows).labels) for rows in chunks])
@@ -72,6 +38,7 @@ class _Numbered:
         return take_rows(self._dataset, most)
 
     def go_on(self, done: int, state: Mapping[str, Any] | None, recall: Callable[[list[MicroBatch]], None]) -> None:
+        """Move to the position after ``done`` steps, whose state() is given. recall: see Runner.recall."""
         epoch = len(self._dataset) / (self._train.batch_size * self._train.accumulation)
         for step in range(1, done + 1):
             micro_batches = self._micro_batches()
@@ -79,9 +46,11 @@ class _Numbered:
                 recall(self._taken(micro_batches))  # in the same groups as before: the last bits may depend on them
 
     def next_step(self) -> list[MicroBatch]:
+        """Return the micro-batches of the next step that this process runs."""
         return self._taken(self._micro_batches())
 
     def state(self) -> dict[str, Any] | None:
+        """Return what a checkpoint keeps for go_on; None if the number of steps is enough."""
         return None
 
     def _micro_batches(self) -> list[list[int]]:
@@ -95,7 +64,7 @@ class _Numbered:
 class _Streamed:
     """Rows of a stream. All processes read the whole stream, so they take the rows that a single process would."""
 
-    count: int | None = None
+    count = None
 
     def __init__(self, rows: StreamedRows, train: TrainConfig, processes: Processes) -> None:
         self._rows, self._train, self._processes = rows, train, processes
@@ -123,6 +92,18 @@ class _Streamed:
 
     def state(self) -> dict[str, Any] | None:
         return self._rows.state()
+
+
+RowSource = _Numbered | _Streamed  # of train_loop's steps. count: the number of different rows, or None if unknown
+
+
+def open_rows(dataset: Any, train: TrainConfig, processes: Processes) -> RowSource:
+    """Return the row source of a data set or a stream. Raises: ValueError if dataset holds no row."""
+    if isinstance(dataset, StreamedRows):
+        return _Streamed(dataset, train, processes)
+    if len(dataset) == 0:
+        raise ValueError("dataset must hold at least one row to train on, got 0")
+    return _Numbered(dataset, train, processes)
 
 
 def _batch(rows: list[tuple[int, StreamedRow]]) -> MicroBatch:

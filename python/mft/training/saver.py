@@ -77,7 +77,7 @@ class Saver:
         self._root, self._minutes, self._found, self._saved = root, minutes, found, saved
         self._counters, self._processes = counters, processes
         self._last = time.monotonic()
-        self._told: int | None = None  # the number of the received signal
+        self.told = 0  # the number of the signal that this process has received
         self._rows: RowSource | None = None
 
     def begin(self, runner: Runner, rows: RowSource) -> list[StepReport]:
@@ -112,11 +112,6 @@ class Saver:
         if self._saved.on_found is not None:
             self._saved.on_found(reports)
         return reports
-
-    @property
-    def told(self) -> int:
-        """The number of the signal that this process has received, or 0."""
-        return self._told or 0
 
     def after_step(self, runner: Runner, reports: list[StepReport], ended: bool = False) -> None:
         """Save if it is time, or if the run has ended.
@@ -157,7 +152,7 @@ class Saver:
         terminals = [number for number in (1, 2) if os.isatty(number)]
 
         def hear(number: int, frame: FrameType | None) -> None:
-            self._told = number
+            self.told = number
             for known, handler in before.items():  # the kernel and the shell each send a SIGHUP
                 signal.signal(known, signal.SIG_IGN if known == signal.SIGHUP else handler)
             for output in terminals:

@@ -45,7 +45,8 @@ def put_state(runner: Runner, tensors: Mapping[str, Tensor], numbers: Mapping[st
     found = {name for name in there if name.startswith("learned.")}
     if found != learned.keys() or not own.keys() <= there.keys():
         name = min(found ^ learned.keys() or own.keys() - there.keys())
-        raise ValueError(f"the checkpoint must hold what this run trains, but {name} is {_where(name, found)}")
+        where = "only in the checkpoint" if name in found else "missing there"
+        raise ValueError(f"the checkpoint must hold what this run trains, but {name} is {where}")
     for name, tensor in own.items():
         shape, dtype = there[name]
         if (shape, dtype) != (tensor.shape, tensor.dtype):
@@ -85,7 +86,3 @@ def state_bytes(runner: Runner) -> int:
     if isinstance(optimizer, MaskAdamW):
         return sum(tensor.nbytes for p in learned for tensor in optimizer.tensors(p).values())
     return sum(p.nbytes + _MOMENTS * p.numel() for p in learned)
-
-
-def _where(name: str, found: set[str]) -> str:
-    return "only in the checkpoint" if name in found else "missing there"

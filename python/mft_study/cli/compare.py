@@ -138,12 +138,9 @@ def run_plot(
         draw_overlap(directory, output, arm=arm)
     elif what == "flips":
         plot_flips({str(run): read_flips(run / METRICS) for run in directories}, output)
-    elif what == "bytes":
-        plot_bytes(_study_table(directory), output)
-    elif what == "forgetting":
-        plot_forgetting(_study_table(directory), output)
     else:
-        plot_summary(_study_table(directory), output)
+        draw = {"summary": plot_summary, "bytes": plot_bytes, "forgetting": plot_forgetting}[what]
+        draw(_study_table(directory), output)
     say(f"written: {output}")
 
 

@@ -92,7 +92,7 @@ def deciding_metric(study: StudyConfig) -> str:
     return WRONG if study.objective == REWARDS else "loss"
 
 
-def differences(pairs: Sequence[Paired], *, draws: int = DRAWS, seed: int = 0) -> list[Difference]:
+def differences(pairs: Sequence[Paired], *, draws: int = DRAWS) -> list[Difference]:
     """Return the estimate, percentile interval and p of each pair; each gets the draws that it would get alone.
 
     p = 2 (1 + min(number of draws <= 0, number of draws >= 0)) / (1 + draws), at most 1.
@@ -108,7 +108,7 @@ def differences(pairs: Sequence[Paired], *, draws: int = DRAWS, seed: int = 0) -
             for place, estimate in zip(places, estimates):
                 found[place] = Difference(float(estimate), math.nan, math.nan, math.nan, seeds, documents)
             continue
-        drawn = resampled(sums, counts, draws, seed)
+        drawn = resampled(sums, counts, draws)
         tail = (1 - CONFIDENCE) / 2
         lows, highs = np.quantile(drawn, (tail, 1 - tail), axis=-1)
         fewer = np.minimum((drawn <= 0).sum(-1), (drawn >= 0).sum(-1))

@@ -58,12 +58,6 @@ def recomputed(
     return differences([pair], draws=draws)[0]
 
 
-def recomputed_at_budget(sums: Sums, domain: str, compared: EqualBudget) -> Difference:
-    """Return the difference of one entry of "equal_budgets", on validation with the first seed."""
-    names = (_name(compared.arm, compared.setting), _name(compared.control, compared.control_setting))
-    return recomputed(sums, domain, *names, split="validation")
-
-
 # ---------------------------------------------------------------------------------------------- private
 
 

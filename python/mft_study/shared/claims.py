@@ -3,77 +3,45 @@
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from mft.files.atomic import NotWritten, place, publish, write_whole
 from mft_study.shared.leases import Leases
 
 
-class Claims(Protocol):
-    """Claims on pieces of work, by name. A result is written under its path once."""
-
-    shares: bool  # whether other processes may add results and delete files
-
-    def take(self, name: str, done: Callable[[], bool]) -> bool:
-        """Return whether this process is to do the work: nobody else does, and it is not done."""
-        ...
-
-    def release(self, name: str) -> None: ...
-
-    def holds(self, name: str) -> bool:
-        """Return whether no other process has taken over what take() claimed."""
-        ...
-
-    def own(self, trained: Path) -> Path:
-        """Return where this process writes weights that will later be at trained."""
-        ...
-
-    def tell(self, path: Path, result: str, own: Path | None = None, trained: Path | None = None) -> None:
-        """Write a result, and move the weights that belong to it from own to trained."""
-        ...
-
-    def once(self, name: str, done: Callable[[], bool], make: Callable[[], None]) -> bool:
-        """Call make unless it is done. Returns: whether this process called it."""
-        ...
-
-    def wait(self) -> None:
-        """Wait for other processes, which hold all work that could be done."""
-        ...
-
-    @property
-    def look(self) -> float | None:
-        """Seconds after which to look at what others did; None: there are no others."""
-        ...
-
-
 class Alone:
     """One process has the directory."""
 
-    shares = False
-    look = None
+    shares = False  # whether other processes may add results and delete files
+    look = None  # seconds after which to look at what others did
 
     def take(self, name: str, done: Callable[[], bool]) -> bool:
+        """Return whether this process is to do the work: nobody else does, and it is not done."""
         return True
 
     def release(self, name: str) -> None:
         pass
 
     def holds(self, name: str) -> bool:
+        """Return whether no other process has taken over what take() claimed."""
         return True
 
     def own(self, trained: Path) -> Path:
+        """Return where this process writes weights that will later be at trained."""
         return trained
 
     def tell(self, path: Path, result: str, own: Path | None = None, trained: Path | None = None) -> None:
+        """Write a result, and move the weights that belong to it from own to trained."""
         write_whole(path, result)
 
     def once(self, name: str, done: Callable[[], bool], make: Callable[[], None]) -> bool:
+        """Call make unless it is done. Returns: whether this process called it."""
         if done():
             return False
         make()
         return True
 
     def wait(self) -> None:
+        """Wait for other processes, which hold all work that could be done."""
         raise AssertionError("alone, a process does what is ready")
 
 
@@ -113,3 +81,6 @@ class Joined:
         except NotWritten:
             if own.exists():  # otherwise this process had stopped, and another one has deleted them
                 raise
+
+
+Claims = Alone | Joined  # on pieces of work, by name; a result is written under its path once

@@ -14,9 +14,8 @@ from benchmarks import recompute
 from mft_study.arms.setting import Setting
 from mft_study.evidence.sums import read_sums
 from mft_study.report.dominance import draws_of
-from mft_study.report.equal_budgets import EqualBudget
 from mft_study.report.statistics import METRICS, paired
-from mft_study.report.sums import recomputed, recomputed_at_budget
+from mft_study.report.sums import recomputed
 from mft_study.report.write import write_study_report
 
 _OF_A_PAIR = ("estimate", "low", "high", "p", "seeds", "documents")  # Holm's p needs the whole family
@@ -79,8 +78,9 @@ def test_intervals_at_equal_budgets_are_recomputed(with_answers):
     compared = [one for one in with_answers.table["equal_budgets"] if one["difference"] is not None]
     assert compared
     for one in compared:
-        settings = {name: Setting(**one[name]) for name in ("setting", "control_setting")}
-        assert same(one["difference"], recomputed_at_budget(with_answers.sums, "code", EqualBudget(**one | settings)))
+        sides = ("arm", "setting"), ("control", "control_setting")
+        names = [f"{one[arm]}, {Setting(**one[setting])}" for arm, setting in sides]
+        assert same(one["difference"], recomputed(with_answers.sums, "code", *names, split="validation"))
 
 
 def test_sums_give_back_the_means_of_the_table_on_both_splits(with_texts):
