@@ -171,7 +171,7 @@ def check_bias(bias: Tensor | None, x: Tensor, shape: tuple[int, ...], meaning: 
         raise ValueError(f"bias must be {meaning}{shape}, got {tuple(bias.shape)}")
     check_device("bias", bias, "x", x)
     if bias.dtype != x.dtype and not autocasts(x):
-        raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}")
+        raise TypeError(f"bias must have x's dtype {x.dtype}, got {bias.dtype}; convert it with bias.to(x.dtype)")
 
 
 def autocasts(x: Tensor) -> bool:

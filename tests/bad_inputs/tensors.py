@@ -124,7 +124,7 @@ scores of integers
     -> TypeError: scores | must be float32, bfloat16, float16 or float64 | torch.int32
 a bias of another dtype
     masked_linear(x, weight, scores, threshold, bias.bfloat16())
-    -> TypeError: bias | must have weight's dtype torch.float32 | torch.bfloat16
+    -> TypeError: bias | must have x's dtype torch.float32 | torch.bfloat16
 the codes of a doubly quantised absmax alone
     codes, absmax = torch.zeros(10, dtype=torch.uint8), torch.zeros(1, dtype=torch.uint8)
     masked_linear_quantized(x, codes, absmax, packed, shape=(4, 5))
