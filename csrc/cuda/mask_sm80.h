@@ -11,7 +11,7 @@
 #include <type_traits>
 
 #include "keep.h"
-#include "tile_sums_sm80.h"
+#include "tile_sm80.h"
 
 namespace mft::cuda::sm80 {
 
@@ -80,6 +80,10 @@ class Mask {
   }
 
  private:
+  struct alignas(8) Two {
+    float low, high;
+  };
+
   MFT_DEVICE static Threshold read(const char* threshold) {
     if constexpr (kWide) return load<float>(threshold);
     else return Threshold::of(load<uint16_t>(threshold));

@@ -56,7 +56,7 @@ def follow(line, folder, python):
     words = shlex.split(line, comments=True)
     variables = [word for word in words if re.match(r"MFT_\w+=", word)]
     program, *arguments = words[len(variables) :]
-    in_clone = program == "make" or "pytest" in arguments
+    in_clone = program == "make" or "pytest" in arguments or "benchmarks" in arguments
     if program == "make":
         command = ["make", "--dry-run", *arguments]
     elif program == "mft":  # its script names the Python that it was installed with
