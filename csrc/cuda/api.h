@@ -20,12 +20,13 @@ struct Matrix {
   int64_t rows = 0, columns = 0, stride = 0;
 };
 
-// Which weights are kept. If `words` is given, it holds 1 bit per weight; else scores are compared with a threshold.
+// Which weights are kept. If `words` is given, it holds 1 bit per weight; else scores are compared with thresholds.
 struct Keep {
   const uint32_t* words = nullptr;  // (N, ceil(K / 32)), contiguous, lowest bit first
   Matrix scores;
-  const void* threshold = nullptr;  // of the scores' type
-  bool magnitude = true;            // |score| >= threshold, else score >= threshold
+  const void* thresholds = nullptr;  // of the scores' type
+  int64_t threshold_stride = 0;      // elements from row to row; 0: one threshold for the matrix
+  bool magnitude = true;             // |score| >= threshold, else score >= threshold
 };
 
 // The sign factor of d_scores: 1 if both are null.
@@ -70,8 +71,7 @@ struct Select {
 // Write keep as bits to words (N, ceil(K / 32)).
 struct PackMask {
   uint32_t* words = nullptr;
-  Keep keep;  // by scores
-  int64_t threshold_stride = 0;  // elements from row to row; 0: one threshold for the matrix
+  Keep keep;
 };
 
 // Write score > 0 as bits to words, and the number of scores that are exactly 0 to *zeros.

@@ -167,9 +167,6 @@ Tensor pack_mask(Tensor scores, Tensor threshold, bool magnitude) {
   const Place place(scores);
   mft::cuda::PackMask p;
   p.keep = keep_by_scores(scores, threshold, place, magnitude);
-  STD_TORCH_CHECK(threshold.dim() == 0 || (threshold.dim() == 1 && threshold.size(0) == p.keep.scores.rows),
-                  "threshold must be () or (", p.keep.scores.rows, ",)");
-  p.threshold_stride = threshold.dim() == 0 ? 0 : threshold.stride(0);
   Tensor packed = empty_words(scores, p.keep.scores);
   p.words = static_cast<uint32_t*>(packed.mutable_data_ptr());
   check_launch(mft::cuda::pack_mask(p, place.device));

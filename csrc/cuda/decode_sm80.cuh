@@ -145,8 +145,9 @@ class DecodeMask {
   using Pair = KeepPair<S, kMagnitude>;
 
  public:
-  MFT_DEVICE DecodeMask(const DecodeArguments& a, const DecodePlace& place)
-      : reader_(a.keep.scores, place), pair_(Pair::of(sm80::load<uint16_t>(a.keep.threshold))) {}
+  MFT_DEVICE DecodeMask(const DecodeArguments& a, const DecodePlace& place) : reader_(a.keep.scores, place) {
+    for (int i = 0; i < 2; ++i) pairs_[i] = Pair::of(threshold_of<uint16_t>(a.keep, place.rows[i]) * 0x10001u);
+  }
 
   MFT_DEVICE void load(int j, int left, const DecodeArguments& a) { reader_.load(scores_[j], left, a); }
 
@@ -155,14 +156,14 @@ class DecodeMask {
   MFT_DEVICE void select(uint32_t (&kept)[2][4], const isa::Words4 (&weights)[2], int j) const {
     for (int i = 0; i < 2; ++i) {
       for (int pair = 0; pair < 4; ++pair) {
-        kept[i][pair] = pair_.select(weights[i].words[pair], scores_[j][i].words[pair]);
+        kept[i][pair] = pairs_[i].select(weights[i].words[pair], scores_[j][i].words[pair]);
       }
     }
   }
 
  private:
   UnitReader reader_;
-  Pair pair_;
+  Pair pairs_[2];
   isa::Words4 scores_[kAhead][2];
 };
 

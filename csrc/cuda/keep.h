@@ -24,25 +24,15 @@ inline constexpr uint32_t kInfinity<BFloat16> = 0x7f80;
 template <>
 inline constexpr uint32_t kInfinity<Float16> = 0x7c00;
 
-// The comparison with a threshold, in both halves.
+// The comparison with one threshold (or with two, one for each half).
 template <class T, bool kMagnitude>
 struct KeepPair {
   uint32_t low, high;  // added to m: low carries if m >= least; high carries if m >= below_most (value mode only)
 
-  // t: the bits of the threshold.
-  MFT_DEVICE static KeepPair of(uint32_t t) {
-    const uint32_t m = t & 0x7fff;
-    const bool negative = t >> 15, nan = m > kInfinity<T>;
-    if constexpr (kMagnitude) {
-      const uint32_t least = nan ? kInfinity<T> + 1 : negative ? 0 : m;
-      return {(0x8000 - least) * 0x10001u, 0};
-    } else {
-      // t > 0 keeps no negative score; t <= 0 keeps every positive one, and the negative ones up to |t|.
-      const bool above_zero = !negative && m != 0;
-      const uint32_t least = nan ? kInfinity<T> + 1 : above_zero ? m : 0;
-      const uint32_t below_most = nan || above_zero ? 0 : m + 1;  // negative scores need m < below_most
-      return {(0x8000 - least) * 0x10001u, (0x8000 - below_most) * 0x10001u};
-    }
+  // thresholds: the bits of two thresholds.
+  MFT_DEVICE static KeepPair of(uint32_t thresholds) {
+    const KeepPair first = of_one(thresholds & 0xffff), second = of_one(thresholds >> 16);
+    return {first.low | second.low << 16, first.high | second.high << 16};
   }
 
   // Return whether the scores in the lower and upper half are kept, in bit 15 and bit 31.
@@ -59,6 +49,22 @@ struct KeepPair {
   template <class Register>
   MFT_DEVICE Register select(Register weights, Register scores) const {
     return weights & isa::spread_signs(bits(scores));
+  }
+
+ private:
+  MFT_DEVICE static KeepPair of_one(uint32_t t) {
+    const uint32_t m = t & 0x7fff;
+    const bool negative = t >> 15, nan = m > kInfinity<T>;
+    if constexpr (kMagnitude) {
+      const uint32_t least = nan ? kInfinity<T> + 1 : negative ? 0 : m;
+      return {0x8000 - least, 0};
+    } else {
+      // t > 0 keeps no negative score; t <= 0 keeps every positive one, and the negative ones up to |t|.
+      const bool above_zero = !negative && m != 0;
+      const uint32_t least = nan ? kInfinity<T> + 1 : above_zero ? m : 0;
+      const uint32_t below_most = nan || above_zero ? 0 : m + 1;  // negative scores need m < below_most
+      return {0x8000 - least, 0x8000 - below_most};
+    }
   }
 };
 

@@ -79,7 +79,10 @@ inline Keep keep_by_scores(const Tensor& scores, const Tensor& threshold, const 
   keep.scores = input(scores, place, "scores");
   check_device(threshold, place, "threshold");
   STD_TORCH_CHECK(type_of(threshold, "threshold") == keep.scores.type, "threshold must have scores' dtype");
-  keep.threshold = threshold.const_data_ptr();
+  STD_TORCH_CHECK(threshold.dim() == 0 || (threshold.dim() == 1 && threshold.size(0) == keep.scores.rows),
+                  "threshold must be () or (", keep.scores.rows, ",)");
+  keep.thresholds = threshold.const_data_ptr();
+  keep.threshold_stride = threshold.dim() == 0 ? 0 : threshold.stride(0);
   keep.magnitude = magnitude;
   return keep;
 }
@@ -92,7 +95,6 @@ inline Keep keep_of(const std::optional<Tensor>& scores, const std::optional<Ten
     return keep;
   }
   STD_TORCH_CHECK(scores.has_value() && threshold.has_value(), "give scores and threshold, or packed");
-  STD_TORCH_CHECK(threshold->dim() == 0, "threshold must be ()");
   const Keep keep = keep_by_scores(*scores, *threshold, place, magnitude);
   check_size(keep.scores, weight.rows, weight.columns, "scores");
   return keep;

@@ -39,8 +39,8 @@ std::string run(const Matrix& scores, PackArguments arguments, const Device& dev
 std::string pack_mask(const PackMask& p, const Device& device) {
   PackArguments arguments = {};
   arguments.words = p.words;
-  arguments.thresholds = static_cast<const char*>(p.keep.threshold);
-  arguments.threshold_stride = p.threshold_stride;
+  arguments.thresholds = static_cast<const char*>(p.keep.thresholds);
+  arguments.threshold_stride = p.keep.threshold_stride;
   return p.keep.magnitude ? run<PackedBit::kKeptByMagnitude>(p.keep.scores, arguments, device)
                           : run<PackedBit::kKeptByValue>(p.keep.scores, arguments, device);
 }

@@ -27,6 +27,7 @@ std::string refusal_sm90(const Product& p) {
   }
   if (p.keep.words != nullptr) return refusal_of_words(p.keep.words, p.weight.rows, p.weight.columns);
   if (p.keep.scores.type != p.weight.type) return "scores must be of weight's type, or packed";
+  if (p.transposed && p.keep.threshold_stride != 0) return "thresholds by row must be packed for d_x";
   return refusal_of_tma("scores", p.keep.scores);
 }
 

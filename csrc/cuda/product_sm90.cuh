@@ -184,7 +184,7 @@ struct ProductSm90 {
   using Lane = typename Source::Lane;
 
   MFT_DEVICE static void consume(const Arguments& a, int rank, int group) {
-    const Lane lane(a.weight, group);
+    Lane lane(group);
     Place place;
     int buffer = 0;
     for_each_tile(a, rank, [&](const Job& job) {
@@ -192,6 +192,7 @@ struct ProductSm90 {
       float sums[kTokens / 2];
 #pragma unroll
       for (int i = 0; i < kTokens / 2; ++i) sums[i] = 0;
+      Source::begin_tile(lane, a.weight, a.features, feature);
       Fragments even, odd;
       int before = place.stage;  // the stage that the product in flight reads
       const int steps = steps_of(a, job.part);

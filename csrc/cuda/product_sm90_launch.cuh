@@ -34,7 +34,8 @@ inline std::string make_words_map(isa::TensorMap* map, const uint32_t* words, in
 template <class T, MaskKind kMask, bool kTransposed>
 std::string tell(sm90::DenseWeight<T, kMask, kTransposed>, sm90::DenseArguments& a, const Product& p) {
   constexpr int kRows = sm90::DenseWeight<T, kMask, kTransposed>::kRows;
-  a.threshold = static_cast<const uint16_t*>(p.keep.threshold);
+  a.thresholds = static_cast<const uint16_t*>(p.keep.thresholds);
+  a.threshold_stride = p.keep.threshold_stride;
   const std::string failure = make_matrix_map(&a.weight, p.weight, kRows);
   if (!failure.empty()) return failure;
   if constexpr (kMask == MaskKind::kWords) {

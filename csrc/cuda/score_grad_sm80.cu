@@ -91,7 +91,8 @@ std::string score_grad_sm80(const ScoreGrad& p, const Device& device) {
   a.grad_output = sm80::view_of(p.grad_output), a.x = sm80::view_of(p.x), a.weight = sm80::view_of(p.weight);
   a.sign_scores = sm80::view_of(p.sign.scores), a.sign_words = p.sign.words;
   a.keep_scores = sm80::view_of(p.keep.scores), a.keep_words = p.keep.words;
-  a.threshold = static_cast<const char*>(p.keep.threshold);
+  a.thresholds = static_cast<const char*>(p.keep.thresholds);
+  a.threshold_bytes = p.keep.threshold_stride * bytes_of(p.keep.scores.type);
   a.accumulate = p.accumulate, a.magnitude = p.keep.magnitude;
   a.row_words = sm80::tiles_of(p.weight.columns, 32);
   a.depth_tiles = sm80::tiles_of(p.x.rows, 32);

@@ -35,7 +35,8 @@ struct ScoreGradArguments {
   View weight;  // no data: not a factor
   View sign_scores, keep_scores;
   const uint32_t *sign_words, *keep_words;
-  const char* threshold;
+  const char* thresholds;
+  int64_t threshold_bytes;  // from row to row
   bool accumulate, magnitude;
   int row_words, depth_tiles, tile_rows, tile_columns;
   int stages;  // 3 to kMostStages
@@ -44,9 +45,10 @@ struct ScoreGradArguments {
   int64_t part_stride;
 };
 
-MFT_DEVICE float threshold_of(const ScoreGradArguments& a) {
-  if (a.keep_scores.type == Type::kFloat32) return load<float>(a.threshold);
-  const auto bits = load<uint16_t>(a.threshold);
+MFT_DEVICE float threshold_of(const ScoreGradArguments& a, int row) {
+  const char* const from = a.thresholds + row * a.threshold_bytes;
+  if (a.keep_scores.type == Type::kFloat32) return load<float>(from);
+  const auto bits = load<uint16_t>(from);
   return a.keep_scores.type == Type::kBFloat16 ? isa::widen(BFloat16{bits}) : isa::widen(Float16{bits});
 }
 
@@ -79,7 +81,7 @@ MFT_DEVICE void finish_eight(const ScoreGradArguments& a, const float (&g)[8], i
     } else {
       float score[8];
       Eight::of(a.keep_scores, row, column).widen(score, a.keep_scores.type);
-      const float threshold = threshold_of(a);
+      const float threshold = threshold_of(a, row);
       for (int i = 0; i < 8; ++i) {
         const bool keep = a.magnitude ? keeps<true>(score[i], threshold) : keeps<false>(score[i], threshold);
         kept |= static_cast<uint32_t>(keep) << i;

@@ -7,7 +7,7 @@
 //   Arguments             the kernel's arguments for the weight
 //   prefetch(a)           prefetch the tensor maps, once per block; one thread
 //   bring(a, b, stage, feature, q)    load a step by TMA; one thread
-//   Lane(a, group)        what a lane keeps
+//   Lane, begin_tile(lane, a, features, feature)  what a lane keeps; called for each tile
 //   read(registers, stage, lane, step)    read the masked weight of a step, 16 of Q per four registers
 #pragma once
 
@@ -75,7 +75,8 @@ MFT_DEVICE void bring_words(const isa::TensorMap& map, isa::TransactionBarrier* 
 
 struct DenseArguments {
   isa::TensorMap weight, mask;
-  const uint16_t* threshold;
+  const uint16_t* thresholds;
+  int64_t threshold_stride;
 };
 
 template <class T, MaskKind kMask, bool kIsTransposed>
@@ -94,12 +95,11 @@ struct DenseWeight {
 
   struct Lane : LanePlace {
     int rows[kStep / 16];  // offset in a stage of the row that this lane gives to ldmatrix
-    KeepOfScores keep;
+    KeepOfScores keep[2];  // of features g and g + 8 of this warp
 
-    MFT_DEVICE Lane(const Arguments& a, int group) : LanePlace(here(group)) {
+    MFT_DEVICE explicit Lane(int group) : LanePlace(here(group)) {
 #pragma unroll
       for (int i = 0; i < kStep / 16; ++i) rows[i] = matrix_row(*this, i);
-      if constexpr (kMask != MaskKind::kWords) keep = KeepOfScores::of(*a.threshold);
     }
   };
 
@@ -117,6 +117,18 @@ struct DenseWeight {
     }
   }
 
+  MFT_DEVICE static void begin_tile(Lane& lane, const Arguments& a, int features, int feature) {
+    if constexpr (kMask != MaskKind::kWords) {
+      for (int i = 0; i < 2; ++i) {
+        // Transposed, thresholds by row would vary along Q, so there is one for the matrix.
+        int row = feature + 16 * lane.warp + lane.g + 8 * i;
+        row = kTransposed ? 0 : row < features ? row : features - 1;
+        const uint32_t threshold = a.thresholds[row * a.threshold_stride];
+        lane.keep[i] = KeepOfScores::of(threshold | threshold << 16);
+      }
+    }
+  }
+
   MFT_DEVICE static void read(isa::Register (&r)[kStep / 16][4], const char* stage, const Lane& lane, int step) {
     const char* mask = stage + kWeightBytes;
 #pragma unroll
@@ -126,7 +138,7 @@ struct DenseWeight {
         isa::Register scores[4];
         load_rows(scores, mask + lane.rows[i]);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) r[i][j] = lane.keep.select(r[i][j], scores[j]);
+        for (int j = 0; j < 4; ++j) r[i][j] = lane.keep[j % 2].select(r[i][j], scores[j]);
       } else {
         select_by_words<kTransposed>(r[i], reinterpret_cast<const uint32_t*>(mask), lane, i, step);
       }

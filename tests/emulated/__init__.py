@@ -62,7 +62,8 @@ class Matrix(ctypes.Structure):
 
 
 class Keep(ctypes.Structure):
-    _fields_ = _of(Pointer, "words") + _of(Matrix, "scores") + _of(Pointer, "threshold") + _of(Bool, "magnitude")
+    _fields_ = _of(Pointer, "words") + _of(Matrix, "scores") + _of(Pointer, "thresholds")
+    _fields_ += _of(Int64, "threshold_stride") + _of(Bool, "magnitude")
 
 
 class Sign(ctypes.Structure):
@@ -85,7 +86,7 @@ class Select(ctypes.Structure):
 
 
 class PackMask(ctypes.Structure):
-    _fields_ = _of(Pointer, "words") + _of(Keep, "keep") + _of(Int64, "threshold_stride")
+    _fields_ = _of(Pointer, "words") + _of(Keep, "keep")
 
 
 class PackSigns(ctypes.Structure):
@@ -156,7 +157,7 @@ def set_settings(seed: int = 0, asynchrony: str = "random", schedule: str = "in_
 
 
 def product(x: Tensor, weight: Tensor, keep: operands.Keep, bias: Tensor | None, *, transposed: bool = False, **device):
-    rows, keep = _rows(x), _by_one_threshold(keep)
+    rows = _rows(x)
     out = _new((len(rows), weight.shape[1 if transposed else 0]), x.dtype)
     asked = Product(out=_matrix(out), weight=_matrix(weight), keep=_keep(keep), transposed=transposed)
     setattr(asked, "in", _matrix(rows))  # a Python keyword
@@ -189,12 +190,12 @@ def gradients(asked: operands.Backward, **device) -> Gradients:
 
 
 def score_grad(sums: operands.Sums, **device) -> None:
-    grad, rows, keep = _rows(sums.grad_output), _rows(sums.x), _by_one_threshold(sums.keep)
+    grad, rows = _rows(sums.grad_output), _rows(sums.x)
     n, k = grad.shape[1], rows.shape[1]
     weight = Matrix(None, _TYPES[rows.dtype], n, k, k) if sums.weight is None else _matrix(sums.weight)
     asked = ScoreGrad(grad_output=_matrix(grad), x=_matrix(rows), weight=weight, accumulate=sums.accumulate)
     if sums.d_weight is not None:
-        asked.d_weight, asked.keep = _matrix(sums.d_weight), _keep(keep)
+        asked.d_weight, asked.keep = _matrix(sums.d_weight), _keep(sums.keep)
     if sums.d_scores is not None:
         asked.d_scores, asked.sign = _matrix(sums.d_scores), _sign(sums.sign)
     _call_with_workspace("score_grad_sm80", asked, device)
@@ -221,9 +222,8 @@ def select(scores: Tensor, keep_ratio: float, mode: str, **device) -> Tensor:
 
 def pack(scores: Tensor, threshold: Tensor, mode: str, **device) -> Tensor:
     words = _new((scores.shape[0], -(-scores.shape[1] // 32)), torch.int32)
-    keep = operands.Keep(scores, threshold, mode)
-    asked = PackMask(words=words.data_ptr(), keep=_by_scores(keep), threshold_stride=keep.threshold_stride)
-    _call("pack_mask", asked, device)
+    keep = _keep(operands.Keep(scores, threshold, mode))
+    _call("pack_mask", PackMask(words=words.data_ptr(), keep=keep), device)
     return words
 
 
@@ -299,20 +299,13 @@ def _matrix(tensor: Tensor) -> Matrix:
 def _keep(keep: operands.Keep) -> Keep:
     if keep.words is not None:
         return Keep(words=_words(keep.words))
-    return _by_scores(keep)
-
-
-def _by_one_threshold(keep: operands.Keep | None) -> operands.Keep | None:
-    """Pack scores with a threshold per row, as the backend does."""
-    if keep is None or not keep.by_row:
-        return keep
-    return operands.Keep(pack(keep.source, keep.thresholds, keep.mode))
-
-
-def _by_scores(keep: operands.Keep) -> Keep:
     assert keep.thresholds.dtype == keep.scores.dtype
-    threshold = keep.thresholds.data_ptr() or _nowhere()
-    return Keep(scores=_matrix(keep.scores), threshold=threshold, magnitude=keep.magnitude)
+    return Keep(
+        scores=_matrix(keep.scores),
+        thresholds=keep.thresholds.data_ptr() or _nowhere(),
+        threshold_stride=keep.threshold_stride,
+        magnitude=keep.magnitude,
+    )
 
 
 def _sign(sign: Tensor | None) -> Sign:

@@ -77,9 +77,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _mask(keep: Keep) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return (scores, threshold, packed) as the library takes them. Scores with a threshold per row are packed."""
-    if keep.thresholds is not None and keep.by_row:
-        return None, None, pack(keep.source, keep.thresholds, keep.mode)
+    """Return (scores, thresholds, packed) as the library takes them."""
     scores = None if keep.scores is None else _matrix(keep.scores)
     return scores, keep.thresholds, _contiguous(keep.words)
 

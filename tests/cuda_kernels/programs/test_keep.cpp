@@ -49,19 +49,21 @@ std::vector<bool> kept(uint32_t threshold) {
 
 template <class T, bool kMagnitude>
 void check() {
-  for (const uint32_t threshold : thresholds<T>()) {
-    const std::vector<bool> is_kept = kept<T, kMagnitude>(threshold);
-    const auto keep = KeepPair<T, kMagnitude>::of(threshold);
+  const std::vector<uint32_t> all = thresholds<T>();
+  for (size_t i = 0; i < all.size(); ++i) {
+    const uint32_t low = all[i], high = all[(i * 7 + 3) % all.size()];
+    const std::vector<bool> keep_low = kept<T, kMagnitude>(low), keep_high = kept<T, kMagnitude>(high);
+    const auto keep = KeepPair<T, kMagnitude>::of(low | high << 16);
     for (uint32_t s = 0; s < kScores; ++s) {
       // Each neighbour takes all values of a score, as s does.
       for (const uint32_t neighbour : {s, s ^ 0x8000, (s * 40503u + 12345u) & 0xffff, 0xffff - s}) {
         const uint32_t pair = s | neighbour << 16;
-        const uint32_t expected = (is_kept[s] ? 0x8000u : 0) | (is_kept[neighbour] ? 0x80000000u : 0);
+        const uint32_t expected = (keep_low[s] ? 0x8000u : 0) | (keep_high[neighbour] ? 0x80000000u : 0);
         const uint32_t weights = 0x7fc1fff5;
-        const uint32_t selected = weights & ((is_kept[s] ? 0xffffu : 0) | (is_kept[neighbour] ? 0xffff0000u : 0));
+        const uint32_t selected = weights & ((keep_low[s] ? 0xffffu : 0) | (keep_high[neighbour] ? 0xffff0000u : 0));
         if ((keep.bits(pair) & kSigns) == expected && keep.select(weights, pair) == selected) continue;
         if (++mistakes <= 10) {
-          std::printf("scores %08x, threshold %04x, %s: got %08x, expected %08x\n", pair, threshold,
+          std::printf("scores %08x, thresholds %04x%04x, %s: got %08x, expected %08x\n", pair, high, low,
                       kMagnitude ? "magnitude" : "value", keep.bits(pair) & kSigns, expected);
         }
       }
