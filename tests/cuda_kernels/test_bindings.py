@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_refused(ops):
         "scores must be .12, 40., got .11, 40.": {"scores": t.scores[:11]},
         "scores must be float32, bfloat16 or float16": {"scores": t.scores.double()},
         "threshold must have scores' dtype": {"threshold": torch.tensor(1.0)},
-        "threshold must be ..": {"threshold": one.expand(12)},
+        "threshold must be .. or .12,.": {"threshold": one.expand(11)},
         "give scores and threshold, or packed": {"scores": None},
         "packed must be int32, contiguous and .12, 2.": {"packed": torch.zeros(12, 3, dtype=torch.int32)},
         "bias must be .N,.": {"bias": t.bias[:11]},
