@@ -342,3 +342,12 @@ def test_a_missing_peft_is_told(monkeypatch):
 def test_our_own_api_does_without_peft():
     code = "import sys, mft; mft.mask_model; mft.save_masks; assert 'peft' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_adapter_from_before_a_budget_was_a_bound_keeps_the_rule_that_it_began_with(tmp_path):
+    MaskPeftConfig(budget=0.1, mode="value", fill_budget=True).save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    assert values.pop("fill_budget") is True
+    path.write_text(json.dumps(values))
+    assert MaskPeftConfig.from_pretrained(str(tmp_path)).fill_budget is True
