@@ -1,6 +1,7 @@
 """mft train memory=sharded: two processes write the same run as one; they stop, and one process continues."""
 
 import os
+import signal
 
 import pytest
 from tiny_run import LEARN, Forked, assert_same_masks, free_port, steps
@@ -43,7 +44,7 @@ def test_one_process_goes_on_from_two(cli, tmp_path, monkeypatch):
 
     def stopping(self, runner, reports, ended=False):
         if reports[-1].step == 2:
-            self._told = 15
+            self.told = signal.SIGTERM
         after_step(self, runner, reports, ended)
 
     with monkeypatch.context() as patch:
