@@ -60,13 +60,12 @@ def board(name: str, numbers: Mapping[str, Any]) -> str:
 
 def equal_bytes(numbers: Mapping[str, Any]) -> str:
     """Return the stored comparisons of each mask with its best rivals of no more, and of about as many bytes."""
-    header = ["rival stores", "mask, MB", "loss", "rival", "MB", "loss", "mask minus rival", "p", "the mask is"]
+    header = ["rival stores", "mask, MB", "rival", "MB", "mask minus rival [95 %]", "seeds", "p", "the mask is"]
     rows = []
     for one in sorted(numbers.get("at_equal_bytes", []), key=lambda one: one["stores"]):
         if one["rival"] is None:
             continue
         table = numbers["domains"][one["domain"]]
-        loss = {row["arm"]: f"{row['loss']:.4f}" for row in table["rows"]}
         mask, rival = one["mask"], one["rival"]
         pair = next(pair for pair in table["comparisons"] if (pair["arm"], pair["rival"]) == (mask, rival))
         found = Difference(**one["difference"])
@@ -75,8 +74,8 @@ def equal_bytes(numbers: Mapping[str, Any]) -> str:
             shown += " (not of all)"  # comparisons of the study
         sizes = [f"{size / 1e6:.2f}" for size in (one["bytes"], one["rival_bytes"])]
         name, _, _ = rival.partition(" (")  # without the bytes that it aimed at
-        compared = [one["stores"], sizes[0], loss[mask], name, sizes[1], loss[rival]]
-        rows.append([*compared, shown_interval(found), shown_p(found), shown])
+        compared = [shown_interval(found), str(found.seeds), shown_p(found), shown]
+        rows.append([one["stores"], sizes[0], name, sizes[1], *compared])
     return markdown(header, rows)
 
 
