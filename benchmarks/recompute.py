@@ -2,8 +2,8 @@
 
     python recompute.py runs/compare-small/sums.npz [--bytes 45000] [--arms MFT LoRA] [--text stdlib]
 
-Ranks the arms by their validation loss, best first. The leader and the runner-up are then compared on test: the mean
-difference per token, its 95 % interval and two-sided p before any correction. The method is that of the report, written
+Ranks the arms by their validation loss over the seeds that all have, best first. The leader and the runner-up are then
+compared on test: the mean difference per token, its 95 % interval and two-sided p before any correction. The method is that of the report, written
 a second time without its code. mft_study/evidence/sums.py documents the file.
 
 Notation: x[s, d] is the difference of the two arms' losses in nats, summed over document d with seed s; n[d] are the
@@ -17,6 +17,7 @@ r^2 = v / chi^2_v makes the shape a Student t with Satterthwaite's v degrees of 
 """
 
 import argparse
+import functools
 import math
 import sys
 
@@ -27,9 +28,11 @@ DRAWS = 10_000
 FEW_SEEDS = 5  # with fewer, a p below 0.01 cannot be told from 0.01
 
 
-def loss(arrays, place, arm):
-    """Return the loss per token, averaged over seeds."""
-    return arrays[f"{place}/{arm}/loss"].sum(1).mean() / UNITS / arrays[f"{place}/tokens"].sum()
+def loss(arrays, place, arm, arms):
+    """Return the loss per token of arm, averaged over the seeds that all arms have."""
+    shared = functools.reduce(np.intersect1d, [arrays[f"{place}/{one}/seeds"] for one in arms])
+    sums = arrays[f"{place}/{arm}/loss"][np.isin(arrays[f"{place}/{arm}/seeds"], shared)]
+    return sums.sum(1).mean() / UNITS / arrays[f"{place}/tokens"].sum()
 
 
 def paired(arrays, place, arm, other):
@@ -120,11 +123,11 @@ def main(arguments=None):
     if not all(f"{validation}/{arm}/loss" in arrays for arm in arms):
         print("warning: the file lacks validation sums, test itself ranks the arms: the difference is optimistic")
         validation = test
-    arms = sorted(arms, key=lambda arm: loss(arrays, validation, arm))
+    arms = sorted(arms, key=lambda arm: loss(arrays, validation, arm, arms))
     print(f"{'arm':30} {'bytes':>12} {validation.split('/')[1]:>10} {'test':>8}")
     for arm in arms:
         size = "" if sizes[arm] is None else f"{sizes[arm]:,.0f}"
-        print(f"{arm:30} {size:>12} {loss(arrays, validation, arm):10.4f} {loss(arrays, test, arm):8.4f}")
+        print(f"{arm:30} {size:>12} {loss(arrays, validation, arm, arms):10.4f} {loss(arrays, test, arm, arms):8.4f}")
     found = difference(arrays, test, arms[0], arms[1])
     least = 0.01 if found["seeds"] < FEW_SEEDS else 0.001
     shown = f"<{least:g}" if found["p"] < least else f"{found['p']:.3f}"
