@@ -3,8 +3,8 @@
     python recompute.py runs/compare-small/sums.npz [--bytes 45000] [--arms MFT LoRA] [--text stdlib]
 
 Ranks the arms by their validation loss over the seeds that all have, best first. The leader and the runner-up are then
-compared on test: the mean difference per token, its 95 % interval and two-sided p before any correction. The method is that of the report, written
-a second time without its code. mft_study/evidence/sums.py documents the file.
+compared on test: the mean difference per token, its 95 % interval and two-sided p before any correction. The method is
+that of the report, written a second time without its code. mft_study/evidence/sums.py documents the file.
 
 Notation: x[s, d] is the difference of the two arms' losses in nats, summed over document d with seed s; n[d] are the
 tokens of d; t[s] = sum_d x[s, d] / sum_d n[d]. The estimate is the mean of t over the seeds. A draw of the bootstrap
