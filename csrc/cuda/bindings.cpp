@@ -33,33 +33,8 @@ std::string score_grad_sm90(const ScoreGrad& grad, const Device&) { return refus
 
 }  // namespace mft::cuda
 
+namespace mft::cuda::ops {
 namespace {
-
-using mft::cuda::Device;
-using mft::cuda::Keep;
-using mft::cuda::Matrix;
-using mft::cuda::Place;
-using mft::cuda::Plan;
-using mft::cuda::Sign;
-using mft::cuda::Type;
-using mft::cuda::bias_of;
-using mft::cuda::check_device;
-using mft::cuda::check_launch;
-using mft::cuda::check_size;
-using mft::cuda::empty_words;
-using mft::cuda::input;
-using mft::cuda::keep_by_scores;
-using mft::cuda::keep_of;
-using mft::cuda::like_weight;
-using mft::cuda::matrix;
-using mft::cuda::output;
-using mft::cuda::present;
-using mft::cuda::type_of;
-using mft::cuda::weight_of;
-using mft::cuda::words;
-using mft::cuda::workspace_of;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Return whether Hopper's kernel is expected to take no longer than the general one, and the plan of the chosen kernel.
 template <class Problem>
@@ -228,3 +203,5 @@ MFT_OPS(CompositeExplicitAutograd) {
   MFT_OP(contents, "() -> str");
   MFT_OP(versions, "() -> (int, int)");
 }
+
+}  // namespace mft::cuda::ops

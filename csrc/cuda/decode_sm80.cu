@@ -4,17 +4,13 @@
 namespace mft::cuda {
 namespace {
 
-template <class T, class S, bool kMagnitude>
-std::string start(const Product& p, const DecodeCut& cut, const Device& device) {
-  auto a = sm80::decode_arguments(p, cut);
-  a.keep = sm80::keep_arguments(p.keep, p.weight);
-  return sm80::launch_decode<T, sm80::WeightSource<S, kMagnitude>>(p, a, cut, device);
-}
-
 template <class T>
 std::string start(const Product& p, const DecodeCut& cut, const Device& device) {
-  if (p.keep.words != nullptr) return start<T, sm80::Words, true>(p, cut, device);
-  return p.keep.magnitude ? start<T, T, true>(p, cut, device) : start<T, T, false>(p, cut, device);
+  using sm80::DecodeMask;
+  using sm80::launch_decode;
+  if (p.keep.words != nullptr) return launch_decode<T, DecodeMask<sm80::Words, true>>(p, cut, device);
+  return p.keep.magnitude ? launch_decode<T, DecodeMask<T, true>>(p, cut, device)
+                          : launch_decode<T, DecodeMask<T, false>>(p, cut, device);
 }
 
 }  // namespace

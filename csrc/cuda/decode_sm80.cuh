@@ -48,10 +48,11 @@ struct DecodeArguments {
 // different banks.
 inline int decode_row_stride(int slab_units) { return (slab_units | 1) * 64; }
 
-// Return the arguments of a product, without the mask.
+// Return the arguments of a product.
 inline DecodeArguments decode_arguments(const Product& p, const DecodeCut& cut) {
   DecodeArguments a = {};
   a.out = view_of(p.out), a.in = view_of(p.in), a.weight = view_of(p.weight);
+  a.keep = keep_arguments(p.keep, p.weight);
   a.bias = static_cast<const char*>(p.bias);
   a.part_stride = cut.part_stride(p.out.columns);
   if (cut.parts_in_memory() > 1) a.parts = static_cast<float*>(p.workspace);
@@ -140,18 +141,22 @@ class UnitReader {
 };
 
 // Selects the kept weights of a unit, by 16-bit scores, which are loaded like the weight.
-template <class S, bool kMagnitude, int kAhead>
+template <class S, bool kMagnitude>
 class DecodeMask {
   using Pair = KeepPair<S, kMagnitude>;
 
  public:
+  static constexpr bool kWords = false;
+  static constexpr int kAhead = decode_ahead(kWords);  // units of a warp in flight
+
   MFT_DEVICE DecodeMask(const DecodeArguments& a, const DecodePlace& place) : reader_(a.keep.scores, place) {
     for (int i = 0; i < 2; ++i) pairs_[i] = Pair::of(threshold_of<uint16_t>(a.keep, place.rows[i]) * 0x10001u);
   }
 
   MFT_DEVICE void load(int j, int left, const DecodeArguments& a) { reader_.load(scores_[j], left, a); }
 
-  MFT_DEVICE void ask(const uint32_t*, int, const DecodePlace&, const DecodeArguments&) {}
+  // Called before the kAhead units in front of `unit` are selected.
+  MFT_DEVICE void ask(int, const DecodePlace&, const DecodeArguments&) {}
 
   MFT_DEVICE void select(uint32_t (&kept)[2][4], const isa::Words4 (&weights)[2], int j) const {
     for (int i = 0; i < 2; ++i) {
@@ -168,9 +173,12 @@ class DecodeMask {
 };
 
 // Selects by words. Lane q of four loads the words of the q-th of the next four units, and all four get them from it.
-template <bool kMagnitude, int kAhead>
-class DecodeMask<Words, kMagnitude, kAhead> {
+template <bool kMagnitude>
+class DecodeMask<Words, kMagnitude> {
  public:
+  static constexpr bool kWords = true;
+  static constexpr int kAhead = decode_ahead(kWords);
+
   MFT_DEVICE DecodeMask(const DecodeArguments& a, const DecodePlace& place) {
     static_assert(kAhead == 4);
     for (int i = 0; i < 2; ++i) at_[i] = static_cast<int64_t>(place.rows[i]) * a.keep.row_words + place.unit;
@@ -179,11 +187,11 @@ class DecodeMask<Words, kMagnitude, kAhead> {
   MFT_DEVICE void load(int, int, const DecodeArguments&) {}
 
   // From here on, select() uses the words that were loaded before.
-  MFT_DEVICE void ask(const uint32_t* words, int unit, const DecodePlace& place, const DecodeArguments& a) {
+  MFT_DEVICE void ask(int unit, const DecodePlace& place, const DecodeArguments& a) {
     const int own = unit + isa::lane() % 4;
     for (int i = 0; i < 2; ++i) {
       now_[i] = next_[i];
-      next_[i] = own < place.count ? isa::load_words<1>(words + at_[i] + (own << a.slice_bits)).words[0] : ~0u;
+      next_[i] = own < place.count ? a.keep.words[at_[i] + (own << a.slice_bits)] : ~0u;
     }
   }
 
@@ -204,56 +212,29 @@ class DecodeMask<Words, kMagnitude, kAhead> {
   uint32_t now_[2] = {}, next_[2] = {};
 };
 
-// The source of a 16-bit weight, masked by scores of type S or by Words. It gives DecodeKernel the units of a warp, and
-// keeps kAhead of them in flight. A lane's share of a unit is 8 neighbouring columns.
-template <class S, bool kMagnitude>
-class WeightSource {
-  static constexpr bool kWords = std::is_same_v<S, Words>;
-
- public:
-  static constexpr int kAhead = decode_ahead(kWords);
-  static constexpr int blocks(int tiles, int row_bits) { return decode_blocks(kWords, tiles, row_bits); }
-
-  MFT_DEVICE WeightSource(const DecodeArguments& a, const DecodePlace& place)
-      : reader_(a.weight, place), mask_(a, place), left_(place.end - place.column) {}
-
-  // Start loading the warp's next unit, the j-th of kAhead.
-  MFT_DEVICE void load(int j, const DecodeArguments& a) {
-    reader_.load(weights_[j], left_, a);
-    mask_.load(j, left_, a);
-    left_ -= a.step_columns;
-  }
-
-  // Called before the kAhead units in front of `unit` are selected.
-  MFT_DEVICE void ask(int unit, const DecodePlace& place, const DecodeArguments& a) {
-    mask_.ask(a.keep.words, unit, place, a);
-  }
-
-  // Write the lane's share of a unit, for rows g and g + 8, with +0 where the mask drops a weight.
-  MFT_DEVICE void select(uint32_t (&kept)[2][4], int j) const { mask_.select(kept, weights_[j], j); }
-
- private:
-  UnitReader reader_;
-  DecodeMask<S, kMagnitude, kAhead> mask_;
-  isa::Words4 weights_[kAhead][2];
-  int left_;  // columns from the lane's first in the next unit on
-};
-
 // T: of in, weight and out. kTiles: tiles of 8 tokens: 1, 2, or 8 for up to 8. kRowBits: log2 of the rows, 16 per warp.
-template <class T, class Source, int kTiles, int kRowBits>
+template <class T, class Mask, int kTiles, int kRowBits>
 struct DecodeKernel {
   static constexpr int kThreads = 2 << kRowBits;
-  static constexpr int kBlocksPerMultiprocessor = Source::blocks(kTiles, kRowBits);
-  static constexpr int kAhead = Source::kAhead, kUnitBytes = 2 * kDecodeUnit;
+  static constexpr int kBlocksPerMultiprocessor = decode_blocks(Mask::kWords, kTiles, kRowBits);
+  static constexpr int kAhead = Mask::kAhead, kUnitBytes = 2 * kDecodeUnit;
   using Arguments = DecodeArguments;
 
   MFT_DEVICE static void run(const Arguments& a) {
     const DecodePlace place = DecodePlace::of(a);
     char* const shared = isa::shared_memory();
-    Source source(a, place);
+    UnitReader reader(a.weight, place);
+    Mask mask(a, place);
+    isa::Words4 weights[kAhead][2];       // the lane's share of a unit: 8 columns of rows g and g + 8
+    int left = place.end - place.column;  // columns from the lane's first in the next unit on
+    const auto load_next = [&](int j) {   // the j-th of kAhead
+      reader.load(weights[j], left, a);
+      mask.load(j, left, a);
+      left -= a.step_columns;
+    };
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) source.load(j, a);
-    source.ask(0, place, a);
+    for (int j = 0; j < kAhead; ++j) load_next(j);
+    mask.ask(0, place, a);
 
     float sums[kTiles][4] = {};
     for (int slab = 0, unit = 0; slab < a.part_units; slab += a.slab_units) {
@@ -265,13 +246,13 @@ struct DecodeKernel {
       const char* x = shared + lane_row(a.out.rows) * a.in_stride + kUnitBytes * DecodeWarp::of(a).slice +
                       16 * (isa::lane() % 4);
       for (; unit < end; unit += kAhead) {
-        source.ask(unit + kAhead, place, a);
+        mask.ask(unit + kAhead, place, a);
 #pragma unroll
         for (int j = 0; j < kAhead; ++j) {
           if (unit + j >= end) break;
           uint32_t kept[2][4];
-          source.select(kept, j);
-          source.load(j, a);
+          mask.select(kept, weights[j], j);
+          load_next(j);
           multiply(sums, kept, x, a.in_stride, a.out.rows);
           x += a.step_bytes;
         }
@@ -380,9 +361,10 @@ struct DecodeKernel {
 
 // Launch the kernel with this cut, and sum_parts after it if there are parts in memory. p: the output, bias and
 // workspace.
-template <class T, class Source, int kTiles, int kRowBits>
-std::string launch_decode(const Product& p, const DecodeArguments& a, const DecodeCut& cut, const Device& device) {
-  using Kernel = DecodeKernel<T, Source, kTiles, kRowBits>;
+template <class T, class Mask, int kTiles, int kRowBits>
+std::string launch_decode(const Product& p, const DecodeCut& cut, const Device& device) {
+  using Kernel = DecodeKernel<T, Mask, kTiles, kRowBits>;
+  const DecodeArguments a = decode_arguments(p, cut);
   LaunchShape shape;
   shape.cluster = 1 << cut.cluster_bits;
   shape.x = cut.blocks(p.out.columns) * shape.cluster;
@@ -392,17 +374,17 @@ std::string launch_decode(const Product& p, const DecodeArguments& a, const Deco
   return error.empty() && shape.y > 1 ? sum_parts(p, cut.parts, a.part_stride, device) : error;
 }
 
-template <class T, class Source>
-std::string launch_decode(const Product& p, const DecodeArguments& a, const DecodeCut& cut, const Device& device) {
+template <class T, class Mask>
+std::string launch_decode(const Product& p, const DecodeCut& cut, const Device& device) {
   constexpr int kUsual = kDecodeRowBits, kWide = kDecodeRowBits + 1;
   const bool wide = cut.row_bits > kUsual;
-  if (p.out.rows <= 8) return launch_decode<T, Source, 1, kUsual>(p, a, cut, device);
+  if (p.out.rows <= 8) return launch_decode<T, Mask, 1, kUsual>(p, cut, device);
   if (p.out.rows <= 16) {
-    return wide ? launch_decode<T, Source, 2, kWide>(p, a, cut, device)
-                : launch_decode<T, Source, 2, kUsual>(p, a, cut, device);
+    return wide ? launch_decode<T, Mask, 2, kWide>(p, cut, device)
+                : launch_decode<T, Mask, 2, kUsual>(p, cut, device);
   }
-  return wide ? launch_decode<T, Source, 8, kWide>(p, a, cut, device)
-              : launch_decode<T, Source, 8, kUsual>(p, a, cut, device);
+  return wide ? launch_decode<T, Mask, 8, kWide>(p, cut, device)
+              : launch_decode<T, Mask, 8, kUsual>(p, cut, device);
 }
 
 }  // namespace mft::cuda::sm80

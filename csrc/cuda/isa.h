@@ -10,7 +10,7 @@
 //   warps      sync_warp() shuffle(v, lane) shuffle_xor(v, mask) ballot(predicate)
 //   blocks     sync_block() sync_threads(barrier, threads)
 //   memory     Register load_shared(p) note_read(p) add_shared(p, v) add_global(p, v) fence_device()
-//              load_streaming(p) load_volatile(p) load_words<1 | 2 | 4>(p)
+//              load_streaming(p) load_volatile(p)
 //   sm_80      copy_async<16 | 4>(shared, global, valid) commit_copies() wait_copies<N>()
 //              load_matrices(r, row) load_matrices_transposed(r, row) multiply_16x8x16<T>(d, a, b0, b1)
 //   sm_90      kMostCluster rank_in_cluster() sync_cluster() load_of_rank(p, rank); below sm_90, clusters of one block

@@ -114,18 +114,9 @@ MFT_DEVICE void add_global(int64_t* p, int64_t v) {
 
 MFT_DEVICE void fence_device() { __threadfence(); }
 
-template <int kCount>
-struct alignas(4 * kCount) Words {
-  uint32_t words[kCount];
+struct alignas(16) Words4 {
+  uint32_t words[4];
 };
-
-using Words4 = Words<4>;
-
-// Load kCount words by one instruction, from a multiple of their size.
-template <int kCount>
-MFT_DEVICE Words<kCount> load_words(const void* p) {
-  return *static_cast<const Words<kCount>*>(p);
-}
 
 // Load 16 bytes that nothing reads again soon.
 MFT_DEVICE Words4 load_streaming(const void* p) {

@@ -9,7 +9,7 @@
 #pragma once
 
 #include "keep.h"
-#include "tile_sm80.h"
+#include "tile_sums_sm80.h"
 
 namespace mft::cuda::sm80 {
 
@@ -167,10 +167,6 @@ class Mask<float, kMagnitude, kTransposed, kChunked> {
   }
 
  private:
-  struct alignas(8) Two {
-    float low, high;
-  };
-
   MFT_DEVICE void prefetch() {
     if (isa::thread() < kTileDepth) thresholds_[0] = threshold_of<float>(keep_, row_ + isa::thread());
     row_ += kTileDepth;

@@ -5,8 +5,6 @@
 namespace mft::cuda {
 namespace {
 
-int64_t part_stride(const Product& p) { return quotient(p.out.columns, sm80::kTileFeatures) * sm80::kTileFeatures; }
-
 double cycles_of(const Product& p, int tokens, int parts, const Device& device) {
   const double mask = p.keep.words != nullptr ? 1.0 / 8 : bytes_of(p.keep.scores.type);
   Jobs jobs;
@@ -22,28 +20,19 @@ double cycles_of(const Product& p, int tokens, int parts, const Device& device) 
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }
 
-// Return the largest number of parts to try. Each part has at least 256 depths, all parts run in two waves, and their
-// sums fit in half of L2.
-int most_parts(const Product& p, int tokens, const Device& device) {
-  const int64_t tiles = quotient(p.out.columns, sm80::kTileFeatures) * quotient(p.out.rows, tokens);
-  return static_cast<int>(std::min<int64_t>({kMostParts, quotient(p.in.columns, sm80::kTileDepth) / 8,
-                                             4 * device.multiprocessors / tiles,
-                                             device.l2_bytes / 2 / (4 * p.out.rows * part_stride(p))}));
-}
-
 // If the kernel must load by elements, it takes longer than the model knows, and the depth is one part.
 Plan plan_of(const Product& p, const Device& device, bool in_parts) {
   Plan best{kNever, 128};
   if (!sm80::is_chunked(p)) return best;
-  const int64_t depth_tiles = quotient(p.in.columns, sm80::kTileDepth), row_bytes = 4 * part_stride(p);
+  const int64_t steps = quotient(p.in.columns, sm80::kTileDepth);
+  const int64_t part_bytes = 4 * p.out.rows * quotient(p.out.columns, sm80::kTileFeatures) * sm80::kTileFeatures;
   for (const int tokens : {64, 128}) {
     if (tokens > 64 && p.out.rows <= 64) continue;
-    const int most = in_parts ? most_parts(p, tokens, device) : 1;
-    for (int parts = 1; parts <= std::max(1, most); ++parts) {
-      if (parts > 1 && quotient(depth_tiles, quotient(depth_tiles, parts)) != parts) continue;  // a part would be empty
-      const double cycles = cycles_of(p, tokens, parts, device);
-      if (cycles < best.cycles) best = {cycles, tokens, parts, parts > 1 ? parts * p.out.rows * row_bytes : 0};
-    }
+    const int64_t tiles = quotient(p.out.columns, sm80::kTileFeatures) * quotient(p.out.rows, tokens);
+    // Two blocks per multiprocessor; a part has at least 256 depths.
+    const int64_t most = in_parts ? most_parts(steps / 8, 4 * device.multiprocessors, tiles, part_bytes, device) : 1;
+    try_parts(best, tokens, steps, 1, most, part_bytes,
+              [&](int parts) { return cycles_of(p, tokens, parts, device); });
   }
   return best;
 }
@@ -56,7 +45,6 @@ bool decodes(const Product& p, const Device& device) {
 }
 
 std::string product_sm80(const Product& p, const Device& device) {
-  if (p.weight.type == Type::kFloat32) return "weight must be bf16 or fp16, got fp32; use the triton backend";
   if (std::max({p.out.rows, p.weight.rows, p.weight.columns}) > sm80::kLongestSide) {
     return "x and weight must have sides below 2^31 - 2^16; split them";
   }

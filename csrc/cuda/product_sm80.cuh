@@ -23,13 +23,30 @@
 #include <type_traits>
 
 #include "mask_sm80.h"
-#include "product_tile_sm80.h"
+#include "tile_sums_sm80.h"
 
 namespace mft::cuda::sm80 {
 
-struct ProductArguments : ProductTileArguments {
-  View weight;
+struct ProductArguments {
+  View out, in, weight;
   KeepArguments keep;
+  const char* bias;  // or null
+  int tile_rows, tile_columns;
+  int stages;
+  float* parts;    // (parts, out.rows, part_stride); null: the depth is one part
+  int part_depth;  // of a part, whole steps
+  int64_t part_stride;
+};
+
+template <class T>
+MFT_DEVICE float bias_of(const char* bias, const View& out, int feature) {
+  if (bias == nullptr || feature >= out.columns) return 0.0f;
+  return isa::widen(load<T>(bias + 2 * static_cast<int64_t>(feature)));
+}
+
+struct ProductPlace {
+  int token, feature;            // the block's first
+  int warp_token, warp_feature;  // the warp's first, counted from there
 };
 
 // T: of in, weight and out. S: of the scores, or Words. kChunked: in, weight and scores are chunked. kTokens: 128 or 64
@@ -44,21 +61,31 @@ struct ProductKernel {
   using Mask = sm80::Mask<S, kMagnitude, kTransposed, kChunked>;
   using In = Tile<kTokens, kTileDepth, 2>;
   using Weight = WeightTile<kTransposed, 2>;
-  using Result = ProductTile<T, kTokens, 2>;
+  using Result = TileSums<T, kTokens>;
+  using Out = Tile<kTokens, kTileFeatures, 2>;
   static constexpr int kStageBytes = In::kBytes + Weight::kBytes + Mask::kBytes;
-  static_assert(kStageBytes % 128 == 0 && Result::Out::kBytes <= 2 * kStageBytes);
-  static_assert(Result::kWarpFeatures == kWarpFeatures);
+  static_assert(kStageBytes % 128 == 0 && Out::kBytes <= 2 * kStageBytes);
+  static_assert(Result::kWarpColumns == kWarpFeatures);
 
   MFT_DEVICE static void run(const Arguments& a) {
     char* const shared = isa::shared_memory();
     typename Result::Sums sums = {};
-    add_up(a, Result::place_of(a), shared, sums);
-    const ProductPlace again = Result::place_of(a);  // because registers are short in the loop
+    add_up(a, place_of(a), shared, sums);
+    const ProductPlace again = place_of(a);  // because registers are short in the loop
     if constexpr (kParts) {
-      if (a.parts != nullptr) return Result::write_part(a, sums, again);
+      if (a.parts != nullptr) {
+        return Result::write_part(sums, a.parts, a.out.rows, a.part_stride, again.token + again.warp_token,
+                                  again.feature + again.warp_feature);
+      }
     }
     isa::sync_block();
-    Result::write(a, sums, shared, again);
+    write(a, sums, shared, again);
+  }
+
+  // The compiler does not keep the results of shuffle() and warp() in registers between calls.
+  MFT_DEVICE static ProductPlace place_of(const Arguments& a) {
+    const TilePlace tile = TilePlace::of(isa::shuffle(static_cast<int>(isa::block(0)), 0), a.tile_rows, a.tile_columns);
+    return {tile.row * kTokens, tile.column * kTileFeatures, Result::warp_row(), Result::warp_column()};
   }
 
   // Compute the sums of a tile, by all threads of the block.
@@ -90,7 +117,7 @@ struct ProductKernel {
         isa::sync_block();  // all warps have the tile, and are done with the one before, which is overwritten
         copy(done);  // behind the end: zeros, which nobody reads
         const char* const tiles = shared + stage * kStageBytes;
-        Result::template multiply<In, Weight, kTransposed>(
+        Result::template multiply<In, false, Weight, kTransposed, kTileDepth>(
             sums, tiles, tiles + In::kBytes, warp_token, warp_feature, [&](auto& weights, int column, int depth) {
               mask.select(weights, tiles + In::kBytes + Weight::kBytes, column, depth);
             });
@@ -107,13 +134,52 @@ struct ProductKernel {
     }
     isa::wait_copies<0>();
   }
+
+  // Write through shared memory, so that 16 bytes are written at once.
+  MFT_DEVICE static void write(const Arguments& a, const typename Result::Sums& sums, char* shared,
+                               const ProductPlace& place) {
+    const int first_token = place.token, first_feature = place.feature;
+    const int g = isa::lane() / 4, c = isa::lane() % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < Result::kAcross; ++j) {
+      const int feature = place.warp_feature + 8 * j + c;
+      const float low = bias_of<T>(a.bias, a.out, first_feature + feature);
+      const float high = bias_of<T>(a.bias, a.out, first_feature + feature + 1);
+#pragma unroll
+      for (int i = 0; i < Result::kDown; ++i) {
+        for (int half = 0; half < 2; ++half) {
+          const int token = place.warp_token + 16 * i + 8 * half + g;
+          const uint32_t pair = isa::round_pair<T>(sums[i][j][2 * half] + low, sums[i][j][2 * half + 1] + high);
+          store(shared + Out::offset_of(token, feature), pair);
+        }
+      }
+    }
+    isa::sync_block();
+    for (int at = isa::thread(); at < kTokens * Out::kChunks; at += kThreads) {
+      const int token = at / Out::kChunks, chunk = at % Out::kChunks;
+      const int left = a.out.columns - first_feature - 8 * chunk;
+      if (first_token + token >= a.out.rows || left <= 0) continue;
+      const char* const from = shared + Out::offset(token, chunk);
+      char* const to = a.out.at(first_token + token, first_feature + 8 * chunk);
+      if (a.out.chunked) {
+        store(to, load<isa::Words4>(from));
+      } else {
+        for (int i = 0; i < 8 && i < left; ++i) store(to + 2 * i, load<uint16_t>(from + 2 * i));
+      }
+    }
+  }
 };
 
 // Return all arguments but tile_rows and stages.
 inline ProductArguments product_arguments(const Product& p, const Plan& plan) {
-  auto a = tile_arguments<ProductArguments>(p, plan, kTileDepth);
-  a.weight = view_of(p.weight);
+  ProductArguments a = {};
+  a.out = view_of(p.out), a.in = view_of(p.in), a.weight = view_of(p.weight);
   a.keep = keep_arguments(p.keep, p.weight);
+  a.bias = static_cast<const char*>(p.bias);
+  a.tile_columns = tiles_of(p.out.columns, kTileFeatures);
+  a.part_stride = static_cast<int64_t>(a.tile_columns) * kTileFeatures;
+  if (plan.parts > 1) a.parts = static_cast<float*>(p.workspace);
+  a.part_depth = tiles_of(tiles_of(p.in.columns, kTileDepth), plan.parts) * kTileDepth;
   return a;
 }
 

@@ -17,7 +17,7 @@
 //
 // There are two rings of the same depth. One holds steps of W with their scores (or packed words) under one barrier,
 // the other steps of `in`. A consumer reads W and scores as fragments, selects (keep.h), and multiplies from registers:
-// neither mask nor masked weight is ever written. A source (weight_sm90.h) says how W and mask are loaded and read.
+// neither mask nor masked weight is ever written. weight_sm90.h says how W and mask are loaded and read.
 //
 // Two sets of registers alternate: while the tensor cores work on one, the next step is masked into the other. A stage
 // of W is free as soon as it is masked, a stage of `in` after its product. With one barrier for both, W would become
@@ -65,7 +65,7 @@ struct ProductSm90 {
   static_assert(kStages >= 3 && kWeightStageBytes % 1024 == 0);
 
   struct Arguments {
-    typename Source::Arguments weight;
+    sm90::WeightArguments weight;
     isa::TensorMap in, out;
     const T* bias;  // (P,) or null
     int features, tokens;

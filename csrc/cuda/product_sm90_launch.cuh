@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "api.h"
 #include "product_sm90.cuh"
@@ -23,26 +24,11 @@ inline std::string make_matrix_map(isa::TensorMap* map, const Matrix& matrix, in
                               isa::Swizzle::k128);
 }
 
-inline std::string make_words_map(isa::TensorMap* map, const uint32_t* words, int64_t rows, int64_t columns,
-                                  int box_rows) {
-  const int64_t row_words = quotient(columns, 32);
-  return isa::make_tensor_map(map, words, 4, rows, row_words, 4 * row_words, box_rows, sm90::kWordsOfTile,
+// Map the words of the weight's mask.
+inline std::string make_words_map(isa::TensorMap* map, const Product& p, int rows) {
+  const int64_t row_words = quotient(p.weight.columns, 32);
+  return isa::make_tensor_map(map, p.keep.words, 4, p.weight.rows, row_words, 4 * row_words, rows, sm90::kWordsOfTile,
                               isa::Swizzle::kNone);
-}
-
-// Write the kernel's arguments for the weight. Return "" or an error text.
-template <class T, MaskKind kMask, bool kTransposed>
-std::string tell(sm90::DenseWeight<T, kMask, kTransposed>, sm90::DenseArguments& a, const Product& p) {
-  constexpr int kRows = sm90::DenseWeight<T, kMask, kTransposed>::kRows;
-  a.thresholds = static_cast<const uint16_t*>(p.keep.thresholds);
-  a.threshold_stride = p.keep.threshold_stride;
-  const std::string failure = make_matrix_map(&a.weight, p.weight, kRows);
-  if (!failure.empty()) return failure;
-  if constexpr (kMask == MaskKind::kWords) {
-    return make_words_map(&a.mask, p.keep.words, p.weight.rows, p.weight.columns, kRows);
-  } else {
-    return make_matrix_map(&a.mask, p.keep.scores, kRows);
-  }
 }
 
 template <class Source, int kTokens>
@@ -61,8 +47,15 @@ std::string launch_tile(const Product& p, int parts, const Device& device) {
   a.part_steps = part_steps(q, Kernel::kStep, parts);
   if (parts > 1) a.parts = static_cast<float*>(p.workspace);
   a.part_stride = part_stride_sm90(a.features);
+  a.weight.thresholds = static_cast<const uint16_t*>(p.keep.thresholds);
+  a.weight.threshold_stride = p.keep.threshold_stride;
 
-  std::string failure = tell(Source{}, a.weight, p);
+  isa::TensorMap* const mask = &a.weight.mask;
+  std::string failure = make_matrix_map(&a.weight.weight, p.weight, Source::kRows);
+  if (failure.empty()) {
+    failure = Source::kByWords ? make_words_map(mask, p, Source::kRows)
+                               : make_matrix_map(mask, p.keep.scores, Source::kRows);
+  }
   if (failure.empty()) failure = make_matrix_map(&a.in, p.in, kTokens / Kernel::kCluster);
   if (failure.empty()) failure = make_matrix_map(&a.out, p.out, Kernel::kStoreTokens);
   if (!failure.empty()) return failure;
@@ -76,19 +69,10 @@ std::string launch_tile(const Product& p, int parts, const Device& device) {
   return isa::launch<Kernel>(shape, device.stream, a);
 }
 
-// Return the largest number of parts of Q worth trying. Each part has at least four steps, all parts run in two waves,
-// and their sums fit in half of L2.
-inline int most_parts(const Product& p, int tokens, const Device& device) {
-  const int64_t tiles = quotient(p.out.columns, 256) * quotient(p.out.rows, tokens);
-  const int64_t of_l2 = device.l2_bytes / 2 / (4 * p.out.rows * part_stride_sm90(p.out.columns));
-  return static_cast<int>(std::min<int64_t>(
-      {kMostParts, p.in.columns / (4 * sm90::kStep), device.multiprocessors / tiles, of_l2}));
-}
-
-// Return the busy cycles with tiles of kTokens. A cluster's two blocks, each on its multiprocessor, read half of the
-// tokens from L2.
+// Return the cycles with tiles of kTokens. A cluster's two blocks, each on its multiprocessor, read half of the tokens
+// from L2.
 template <class Source, int kTokens>
-double busy_cycles_of(const Product& p, int parts, const Device& device) {
+double cycles_of_tile(const Product& p, int parts, const Device& device) {
   using Kernel = ProductSm90<Source, kTokens>;
   Jobs jobs;
   jobs.count = quotient(p.out.columns, 256) * quotient(p.out.rows, kTokens) * parts;
@@ -97,13 +81,8 @@ double busy_cycles_of(const Product& p, int parts, const Device& device) {
   jobs.read = Source::kStageBytes + Kernel::kInputBytes / Kernel::kCluster;
   jobs.written = (parts > 1 ? 4 : 2) * Kernel::kFeatures * kTokens;
   const int clusters = std::max(1, device.multiprocessors / Kernel::kCluster);
-  return busy_cycles(jobs, clusters, Kernel::kBlocksPerMultiprocessor, Kernel::kStages, kWgmma,
-                     rates_of(device.capability).l2);
-}
-
-template <class Source, int kTokens>
-double cycles_of_tile(const Product& p, int parts, const Device& device) {
-  const double busy = busy_cycles_of<Source, kTokens>(p, parts, device);
+  const double busy = busy_cycles(jobs, clusters, Kernel::kBlocksPerMultiprocessor, Kernel::kStages, kWgmma,
+                                  rates_of(device.capability).l2);
   return launch_cycles(busy, bytes_of(p), device) +
          sum_cycles(parts, static_cast<double>(p.out.rows) * p.out.columns, device);
 }
@@ -113,14 +92,14 @@ void try_tile(Plan& best, const Product& p, const Device& device, bool in_parts)
   const bool is_asked = p.tokens > 0;
   // No tiles with more tokens than the product needs.
   if (is_asked ? p.tokens != kTokens : kTokens > 64 && p.out.rows <= kTokens / 2) return;
-  const int most = is_asked ? p.parts : in_parts ? most_parts(p, kTokens, device) : 1;
-  const int64_t pairs = part_steps(p.in.columns, sm90::kStep, 1) / 2;
-  for (int parts = is_asked ? p.parts : 1; parts <= std::max(1, most); ++parts) {
-    if (quotient(pairs, quotient(pairs, parts)) != parts) continue;  // a part would be empty
-    const double cycles = cycles_of_tile<Source, kTokens>(p, parts, device);
-    const int64_t row_bytes = 4 * part_stride_sm90(p.out.columns);
-    if (cycles < best.cycles) best = {cycles, kTokens, parts, parts > 1 ? parts * p.out.rows * row_bytes : 0};
-  }
+  const int64_t tiles = quotient(p.out.columns, 256) * quotient(p.out.rows, kTokens);
+  const int64_t part_bytes = 4 * p.out.rows * part_stride_sm90(p.out.columns);
+  // Two waves of clusters of two blocks; a part has at least four steps.
+  const int64_t planned =
+      in_parts ? most_parts(p.in.columns / (4 * sm90::kStep), device.multiprocessors, tiles, part_bytes, device) : 1;
+  try_parts(best, kTokens, part_steps(p.in.columns, sm90::kStep, 1) / 2, is_asked ? p.parts : 1,
+            is_asked ? p.parts : planned, part_bytes,
+            [&](int parts) { return cycles_of_tile<Source, kTokens>(p, parts, device); });
 }
 
 // Return the fastest plan by this estimate.
@@ -148,25 +127,26 @@ std::string launch_source(const Product& p, const Device& device) {
   return sum_parts(p, plan.parts, part_stride_sm90(p.out.columns), device);
 }
 
+// Return f(weight) with the product's kind of MaskedWeight.
+template <class T, class F>
+auto with_weight(const Product& p, const F& f) {
+  const auto by = [&](auto mask) {
+    constexpr MaskKind kMask = decltype(mask)::value;
+    return p.transposed ? f(sm90::MaskedWeight<T, kMask, true>{}) : f(sm90::MaskedWeight<T, kMask, false>{});
+  };
+  if (p.keep.words != nullptr) return by(std::integral_constant<MaskKind, MaskKind::kWords>{});
+  return p.keep.magnitude ? by(std::integral_constant<MaskKind, MaskKind::kMagnitude>{})
+                          : by(std::integral_constant<MaskKind, MaskKind::kValue>{});
+}
+
 template <class T>
 Plan plan_dense(const Product& p, const Device& device) {
-  using sm90::DenseWeight;
-  if (p.keep.words == nullptr) return plan_source<DenseWeight<T, MaskKind::kMagnitude, false>>(p, device, true);
-  return p.transposed ? plan_source<DenseWeight<T, MaskKind::kWords, true>>(p, device, true)
-                      : plan_source<DenseWeight<T, MaskKind::kWords, false>>(p, device, true);
-}
-
-template <class T, MaskKind kMask>
-std::string launch_dense(const Product& p, const Device& device) {
-  return p.transposed ? launch_source<sm90::DenseWeight<T, kMask, true>>(p, device)
-                      : launch_source<sm90::DenseWeight<T, kMask, false>>(p, device);
+  return with_weight<T>(p, [&](auto weight) { return plan_source<decltype(weight)>(p, device, true); });
 }
 
 template <class T>
 std::string launch_dense(const Product& p, const Device& device) {
-  if (p.keep.words != nullptr) return launch_dense<T, MaskKind::kWords>(p, device);
-  return p.keep.magnitude ? launch_dense<T, MaskKind::kMagnitude>(p, device)
-                          : launch_dense<T, MaskKind::kValue>(p, device);
+  return with_weight<T>(p, [&](auto weight) { return launch_source<decltype(weight)>(p, device); });
 }
 
 }  // namespace mft::cuda

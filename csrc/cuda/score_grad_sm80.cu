@@ -31,14 +31,6 @@ double cycles_of(const ScoreGrad& p, int parts, const Device& device) {
   return launch_cycles(busy, bytes_of(p), device) + sum_cycles(parts, elements, device) + finished;
 }
 
-// Return the largest number of parts to try. Each part has at least 256 tokens, all parts run in two waves, and their
-// sums fit in half of L2.
-int most_parts(const ScoreGrad& p, const Device& device) {
-  const int64_t tiles = quotient(p.weight.rows, kTile) * quotient(p.weight.columns, kTile);
-  return static_cast<int>(std::min<int64_t>({kMostParts, p.x.rows / 256, 4 * device.multiprocessors / tiles,
-                                             device.l2_bytes / 2 / (4 * p.weight.rows * part_stride(p))}));
-}
-
 std::string finish_parts(const sm80::ScoreGradArguments& a, int parts, const Device& device) {
   using Kernel = sm80::FinishPartsKernel;
   LaunchShape shape;
@@ -70,18 +62,16 @@ Plan plan_sm80(const ScoreGrad& p, const Device& device) {
   if (p.weight.rows == 0 || p.weight.columns == 0) return {};
   Plan best{kNever, kTileDepth};
   if (!is_chunked(p)) return best;
-  const int64_t depth_tiles = quotient(p.x.rows, kTileDepth), row_bytes = 4 * part_stride(p);
-  const int most = std::max(1, most_parts(p, device));
-  for (int parts = 1; parts <= most; ++parts) {
-    if (parts > 1 && quotient(depth_tiles, quotient(depth_tiles, parts)) != parts) continue;  // a part would be empty
-    const double cycles = cycles_of(p, parts, device);
-    if (cycles < best.cycles) best = {cycles, kTileDepth, parts, parts > 1 ? parts * p.weight.rows * row_bytes : 0};
-  }
+  const int64_t tiles = quotient(p.weight.rows, kTile) * quotient(p.weight.columns, kTile);
+  const int64_t part_bytes = 4 * p.weight.rows * part_stride(p);
+  // Two blocks per multiprocessor; a part has at least 256 tokens.
+  const int64_t most = most_parts(p.x.rows / 256, 4 * device.multiprocessors, tiles, part_bytes, device);
+  try_parts(best, kTileDepth, quotient(p.x.rows, kTileDepth), 1, most, part_bytes,
+            [&](int parts) { return cycles_of(p, parts, device); });
   return best;
 }
 
 std::string score_grad_sm80(const ScoreGrad& p, const Device& device) {
-  if (p.weight.type == Type::kFloat32) return "weight must be bf16 or fp16, got fp32; use the triton backend";
   if (std::max({p.x.rows, p.weight.rows, p.weight.columns}) > sm80::kLongestSide) {
     return "x and weight must have sides below 2^31 - 2^16; split them";
   }

@@ -26,7 +26,7 @@
 #include "eight_sm80.h"
 #include "keep.h"
 #include "score_factor.h"
-#include "tile_sm80.h"
+#include "tile_sums_sm80.h"
 
 namespace mft::cuda::sm80 {
 
@@ -96,7 +96,7 @@ MFT_DEVICE void finish_eight(const ScoreGradArguments& a, const float (&g)[8], i
 // T: of grad_output, x, weight and d_weight. kChunked: grad_output and x are chunked.
 template <class T, bool kChunked>
 struct ScoreGradKernel {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = sm80::kThreads;
   static constexpr int kBlocksPerMultiprocessor = kChunked ? 2 : 1;  // one: loads by elements need registers
   static constexpr bool kParts = kChunked;                           // the tokens may be cut
   using Arguments = ScoreGradArguments;
@@ -108,26 +108,21 @@ struct ScoreGradKernel {
   static constexpr int kMostStages = kChunked ? 4 : 3;  // loads by elements are waited for, so more stages do not help
   static_assert(Half::kBytes <= 3 * kStageBytes);
 
-  static constexpr int kWarpRows = 64, kWarpColumns = 32, kHalfRows = kWarpRows / 2;
-  static constexpr int kDown = kWarpRows / 16, kAcross = kWarpColumns / 8;  // mma.sync tiles in a warp's tile
-  using Sums = float[kDown][kAcross][4];
-  struct alignas(8) Two {
-    float low, high;
-  };
+  using Result = TileSums<T, kTile>;
+  using Sums = typename Result::Sums;
+  static constexpr int kWarpRows = Result::kWarpRows, kHalfRows = kWarpRows / 2;
 
   MFT_DEVICE static void run(const Arguments& a) {
     const TilePlace place = TilePlace::of(static_cast<int>(isa::block(0)), a.tile_rows, a.tile_columns);
-    const int first_tile = kParts ? static_cast<int>(isa::block(1)) * a.part_tiles : 0;
+    const int first_row = place.row * kTile, first_column = place.column * kTile;
+    const int first_tile = kParts ? static_cast<int>(isa::block(1)) * a.part_tiles : 0;  // of the tokens
     const int left = a.depth_tiles - first_tile, tiles = kParts && a.part_tiles < left ? a.part_tiles : left;
-    run(a, place.row * kTile, place.column * kTile, first_tile, tiles);
-  }
-
-  // Compute one tile of G from `tiles` tiles of the tokens.
-  MFT_DEVICE static void run(const Arguments& a, int first_row, int first_column, int first_tile, int tiles) {
-    const int warp_row = isa::warp() / 4 * kWarpRows, warp_column = isa::warp() % 4 * kWarpColumns;
+    const int warp_row = Result::warp_row(), warp_column = Result::warp_column();
     char* const shared = isa::shared_memory();
     const int depth = first_tile * kTileDepth;
-    TileReader<Operand, true, kChunked, kThreads> grad(a.grad_output, depth, first_row), x(a.x, depth, first_column);
+    const int length = a.x.rows - depth;  // to the end
+    TileReader<Operand, true, kChunked, kThreads> grad(a.grad_output, depth, first_row, length);
+    TileReader<Operand, true, kChunked, kThreads> x(a.x, depth, first_column, length);
     const auto copy = [&](int stage) {
       grad.copy(shared + stage * kStageBytes);
       x.copy(shared + stage * kStageBytes + Operand::kBytes);
@@ -146,7 +141,9 @@ struct ScoreGradKernel {
         } else {  // the next tile is the next part's
           isa::commit_copies();
         }
-        multiply(sums, shared + stage * kStageBytes, warp_row, warp_column);
+        const char* const grads = shared + stage * kStageBytes;
+        Result::template multiply<Operand, true, Operand, true, kTileDepth>(
+            sums, grads, grads + Operand::kBytes, warp_row, warp_column, [](auto&, int, int) {});
         done = stage;
         stage = stage == kStages - 1 ? 0 : stage + 1;
       }
@@ -158,7 +155,10 @@ struct ScoreGradKernel {
     }
     isa::wait_copies<0>();
     if constexpr (kParts) {
-      if (a.parts != nullptr) return write_part(a, sums, first_row + warp_row, first_column + warp_column);
+      if (a.parts != nullptr) {
+        return Result::write_part(sums, a.parts, a.weight.rows, a.part_stride, first_row + warp_row,
+                                  first_column + warp_column);
+      }
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -170,48 +170,12 @@ struct ScoreGradKernel {
   }
 
  private:
-  MFT_DEVICE static void multiply(Sums& sums, const char* stage, int warp_row, int warp_column) {
-#pragma unroll
-    for (int depth = 0; depth < kTileDepth; depth += 16) {
-      uint32_t x[kAcross / 2][4];
-#pragma unroll
-      for (int j = 0; j < kAcross / 2; ++j) {
-        load_b<Operand, true>(x[j], stage + Operand::kBytes, warp_column + 16 * j, depth);
-      }
-#pragma unroll
-      for (int i = 0; i < kDown; ++i) {
-        uint32_t grad[4];
-        load_a<Operand, true>(grad, stage, warp_row + 16 * i, depth);
-#pragma unroll
-        for (int j = 0; j < kAcross; ++j) {
-          isa::multiply_16x8x16<T>(sums[i][j], grad, x[j / 2][j % 2 * 2], x[j / 2][j % 2 * 2 + 1]);
-        }
-      }
-    }
-  }
-
-  // Four lanes write a sector.
-  MFT_DEVICE static void write_part(const Arguments& a, const Sums& sums, int first_row, int first_column) {
-    const int64_t part_row = isa::block(1) * a.weight.rows;
-#pragma unroll
-    for (int i = 0; i < 2 * kDown; ++i) {
-      const int row = first_row + 8 * i + isa::lane() / 4;
-      if (row >= a.weight.rows) continue;
-      float* const to = a.parts + (part_row + row) * a.part_stride + first_column + isa::lane() % 4 * 2;
-#pragma unroll
-      for (int j = 0; j < kAcross; ++j) {
-        const float(&four)[4] = sums[i / 2][j];
-        store(reinterpret_cast<char*>(to + 8 * j), Two{four[i % 2 * 2], four[i % 2 * 2 + 1]});
-      }
-    }
-  }
-
   MFT_DEVICE static void spread(const Sums& sums, char* shared, int half, int warp_row, int warp_column) {
 #pragma unroll
-    for (int i = 0; i < kDown / 2; ++i) {
+    for (int i = 0; i < Result::kDown / 2; ++i) {
 #pragma unroll
-      for (int j = 0; j < kAcross; ++j) {
-        const float(&four)[4] = sums[half * kDown / 2 + i][j];
+      for (int j = 0; j < Result::kAcross; ++j) {
+        const float(&four)[4] = sums[half * Result::kDown / 2 + i][j];
         for (int down = 0; down < 2; ++down) {
           const int row = warp_row + 16 * i + 8 * down + isa::lane() / 4;
           const int column = warp_column + 8 * j + isa::lane() % 4 * 2;

@@ -65,6 +65,23 @@ inline double sum_cycles(int parts, double elements, const Device& device) {
   return rates.launch + 2 * parts * 4 * elements / (rates.l2 * device.multiprocessors);
 }
 
+// Return the largest number of parts to try: as many as the depth has room for, as run in two waves, and as have sums
+// that fit in half of L2. part_bytes: of the sums of a part.
+inline int64_t most_parts(int64_t of_depth, int64_t places, int64_t tiles, int64_t part_bytes, const Device& device) {
+  return std::min<int64_t>({kMostParts, of_depth, places / tiles, device.l2_bytes / 2 / part_bytes});
+}
+
+// Make `best` the fastest plan with `first` to `most` parts of `steps`, if it is faster. cycles(parts): of a plan.
+template <class Cycles>
+void try_parts(Plan& best, int tokens, int64_t steps, int64_t first, int64_t most, int64_t part_bytes,
+               const Cycles& cycles) {
+  for (int parts = static_cast<int>(first); parts <= std::max<int64_t>(1, most); ++parts) {
+    if (parts > 1 && quotient(steps, quotient(steps, parts)) != parts) continue;  // a part would be empty
+    const double taken = cycles(parts);
+    if (taken < best.cycles) best = {taken, tokens, parts, parts > 1 ? parts * part_bytes : 0};
+  }
+}
+
 // Return the bytes that a product reads and writes, counted once each.
 inline double bytes_of(const Product& p) {
   const double elements = static_cast<double>(p.weight.rows) * p.weight.columns;

@@ -91,11 +91,6 @@ class TileReader {
         rows_((kDownwards ? length : matrix.rows - first_row) - row()),
         columns_((kDownwards ? matrix.columns - first_column : length) - chunk() * Tile::kPerChunk) {}
 
-  // Read to the matrix's end.
-  MFT_DEVICE TileReader(const View& matrix, int first_row, int first_column)
-      : TileReader(matrix, first_row, first_column,
-                   kDownwards ? matrix.rows - first_row : matrix.columns - first_column) {}
-
   MFT_DEVICE void copy(char* tile) {
     if (kThreads <= Tile::kRows * Tile::kChunks || row() < Tile::kRows) {
       char* const to = tile + Tile::offset(row(), chunk());

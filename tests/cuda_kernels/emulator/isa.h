@@ -164,20 +164,9 @@ inline uint32_t add_global(uint32_t* p, uint32_t v) {
 inline void add_global(int64_t* p, int64_t v) { *p += v; }
 inline void fence_device() {}
 
-template <int kCount>
-struct alignas(4 * kCount) Words {
-  uint32_t words[kCount];
+struct alignas(16) Words4 {
+  uint32_t words[4];
 };
-
-using Words4 = Words<4>;
-
-template <int kCount>
-Words<kCount> load_words(const void* p) {
-  if (reinterpret_cast<uintptr_t>(p) % (4 * kCount) != 0) emulator::fault("load_words from a misaligned address");
-  Words<kCount> v;
-  std::memcpy(&v, p, 4 * kCount);
-  return v;
-}
 
 inline Words4 load_streaming(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) emulator::fault("load_streaming needs 16-byte alignment");
