@@ -1,41 +1,44 @@
 """Compare products in the emulator with the reference's and with themselves in every schedule."""
 
+import functools
 from collections.abc import Callable
 
 import emulated
 import torch
 from by_name import oracle
-from products import D_X, assert_same
+from products import D_X, Operands, assert_same
 from torch import Tensor
 
 from mft_kernels import reference
 from mft_kernels.testing import Inputs, assert_within_budget
 
 
-def one_threshold(t: Inputs) -> Tensor:
-    """Return a threshold with ties among the scores of integer_inputs."""
-    return torch.ones((), dtype=t.scores.dtype)
+class OnDevice:
+    """The emulator's ops on a device: OnDevice(multiprocessors=2).masked_linear(...)."""
+
+    def __init__(self, **device) -> None:
+        self._device = device
+
+    def __getattr__(self, op: str) -> Callable:
+        return functools.partial(getattr(emulated, op), **self._device)
 
 
 def check_products(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
     """Check forward and d_x, by scores with a bias and by packed mask without; the bias does not depend on the mask.
 
-    Hopper's own product takes words in whole 16-byte chunks.
+    Hopper's own product takes words in whole 16-byte chunks, and no scores with thresholds by row for d_x.
     """
-    packed = reference.pack_mask(t.scores, threshold, mode)
-    by_words = device.get("arch") != "sm_90" or packed.shape[1] % 4 == 0
-    expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode)
-    assert_same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, t.bias, mode, **device), expected)
-    if by_words:
-        expected = oracle.masked_linear_packed(t.x, t.weight, packed, None)
-        assert_same(emulated.masked_linear_packed(t.x, t.weight, packed, None, **device), expected)
-    arguments = (t.grad_output, t.x, t.weight)
-    expected = oracle.masked_linear_backward(*arguments, t.scores, threshold, mode, D_X)[0]
-    got = emulated.masked_linear_backward(*arguments, t.scores, threshold, mode, D_X, **device)
-    assert_same(got[0], expected)
-    if by_words:
-        got = emulated.masked_linear_packed_backward(*arguments, packed, None, None, mode, D_X, **device)
-        assert_same(got[0], expected)
+    o, hopper = Operands.of(t, threshold, mode), device.get("arch") == "sm_90"
+    calls = {"masked_linear": o.forward, "masked_linear_backward": o.backward(D_X)}
+    if hopper and threshold.dim():
+        del calls["masked_linear_backward"]
+    if not hopper or o.packed.shape[1] % 4 == 0:
+        calls["masked_linear_packed"] = (t.x, t.weight, o.packed, None)
+        calls["masked_linear_packed_backward"] = (t.grad_output, t.x, t.weight, o.packed, None, None, mode, D_X)
+    for op, arguments in calls.items():
+        results, expected = (getattr(by, op)(*arguments) for by in (OnDevice(**device), oracle))
+        is_tuple = isinstance(results, tuple)
+        assert_same(results[0] if is_tuple else results, expected[0] if is_tuple else expected, op)
 
 
 def assert_one_sum_in_every_schedule(run: Callable[[], Tensor], own: Tensor, exact: Tensor) -> None:

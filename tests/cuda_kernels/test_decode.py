@@ -1,15 +1,16 @@
 """Products of few tokens in the emulator: results bit for bit, and how they are cut for cards not in this machine."""
 
 import itertools
+from dataclasses import replace
 from typing import NamedTuple
 
 import emulated
 import pytest
 import torch
 from by_name import oracle
-from checked_products import assert_one_product_in_every_schedule, one_threshold
+from checked_products import OnDevice, assert_one_product_in_every_schedule
 from in_turn import in_turn
-from products import MODES
+from products import MODES, Operands, row_thresholds
 from products import assert_same as same
 from test_plans import device_of
 
@@ -47,12 +48,13 @@ def cuts(monkeypatch):
 
 def check(t, mode="magnitude", **device):
     """Check with scores and with packed masks, with a bias and without."""
-    threshold = one_threshold(t)
-    packed = reference.pack_mask(t.scores, threshold, mode)
+    o, by = Operands.of(t, row_thresholds(t), mode), OnDevice(**device)
     for bias in (t.bias, None):
-        expected = oracle.masked_linear(t.x, t.weight, t.scores, threshold, bias, mode)
-        same(emulated.masked_linear_packed(t.x, t.weight, packed, bias, **device), expected)
-        same(emulated.masked_linear(t.x, t.weight, t.scores, threshold, bias, mode, **device), expected)
+        for op, arguments in (
+            ("masked_linear_packed", (t.x, t.weight, o.packed, bias)),
+            ("masked_linear", replace(o, bias=bias).forward),
+        ):
+            same(getattr(by, op)(*arguments), getattr(oracle, op)(*arguments))
 
 
 @pytest.mark.parametrize(("dtype", "mode", "tokens"), in_turn([BF16, FP16], MODES, range(1, 17)))

@@ -10,14 +10,14 @@ import pytest
 import torch
 from by_name import oracle
 from checked_products import (
+    OnDevice,
     assert_one_product_in_every_schedule,
     assert_one_sum_in_every_schedule,
     check_products,
-    one_threshold,
 )
 from host_program import built, run
 from in_turn import in_turn
-from products import ALL, MODES, assert_same, within
+from products import ALL, MODES, Operands, assert_same, before, every_sum, row_thresholds, within
 from torch import Tensor
 
 from mft_kernels import reference
@@ -26,6 +26,7 @@ from mft_kernels.testing import Inputs, integer_inputs, random_inputs
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DTYPES = (BF16, FP16)
 SCORES = (FP32, BF16, FP16)
+BOTH = [False, True, True, False]  # d_weight and d_scores
 slow = partial(pytest.param, marks=pytest.mark.slow)  # takes seconds in the emulator
 
 
@@ -37,35 +38,25 @@ def general(monkeypatch):
 
 def check_score_grad(t: Inputs, threshold: Tensor, mode: str, **device) -> None:
     """Check d_weight and d_scores, together and separately, by scores and by packed mask, and added to a buffer."""
-    arguments = (t.grad_output, t.x, t.weight)
-    for wanted in ([False, True, True, False], [False, True, False, False], [False, False, True, False]):
-        expected = oracle.masked_linear_backward(*arguments, t.scores, threshold, mode, wanted)
-        got = emulated.masked_linear_backward(*arguments, t.scores, threshold, mode, wanted, **device)
-        for ours, right in zip(got, expected):
-            assert_same(ours, right)
-    packed, signs = reference.pack_mask(t.scores, threshold, mode), reference.pack_signs(t.scores)[0]
-    for packed_signs in (signs, None):
-        rest = (packed, t.scores, packed_signs, mode, ALL)
-        expected = oracle.masked_linear_packed_backward(*arguments, *rest)
-        for got, right in zip(emulated.masked_linear_packed_backward(*arguments, *rest, **device), expected):
-            assert_same(got, right)
-        for dtype in SCORES:
-            out = (torch.arange(t.weight.numel()).view(t.weight.shape) % 5 - 2).to(dtype)
-            right = out.clone()
-            oracle.accumulate_score_grad(right, *arguments, t.scores, packed_signs, mode)
-            emulated.accumulate_score_grad(out, *arguments, t.scores, packed_signs, mode, **device)
-            assert_same(out, right)
-    check_product_added(t, **device)
+    o, by = Operands.of(t, threshold, mode), OnDevice(**device)
+    for wanted in (BOTH, [False, True, False, False], [False, False, True, False]):
+        check_gradients(by, "masked_linear_backward", *o.backward(wanted))
+    for signs in (o.signs, None):
+        given = (t.grad_output, t.x, t.weight, o.packed, t.scores, signs, mode, ALL)
+        check_gradients(by, "masked_linear_packed_backward", *given)
+    check_sums(o, by)
 
 
-def check_product_added(t: Inputs, **device) -> None:
-    """Check the product without a factor, added to a buffer."""
+def check_sums(o: Operands, by: OnDevice) -> None:
     for dtype in SCORES:
-        out = (torch.arange(t.weight.numel()).view(t.weight.shape) % 5 - 2).to(dtype)
-        right = out.clone()
-        oracle.accumulate_product(right, t.grad_output, t.x)
-        emulated.accumulate_product(out, t.grad_output, t.x, **device)
-        assert_same(out, right)
+        sums, expected = (every_sum(each, o, before(o, dtype)) for each in (by, oracle))
+        for (name, got), (_, right) in zip(sums, expected, strict=True):
+            assert_same(got, right, name)
+
+
+def check_gradients(by: OnDevice, op: str, *arguments) -> None:
+    for got, right in zip(getattr(by, op)(*arguments), getattr(oracle, op)(*arguments), strict=True):
+        assert_same(got, right)
 
 
 def parts_of(ways) -> set[int]:
@@ -83,6 +74,7 @@ def test_products_equal_the_reference(sized, dtype, scores_dtype, mode, ways):
     shape, tokens = sized
     t = integer_inputs(*shape, dtype, scores_dtype)
     check_products(t, torch.tensor(2.0, dtype=scores_dtype), mode, multiprocessors=2)
+    check_products(t, row_thresholds(t), mode, multiprocessors=2)
     assert {*ways} == {(tokens, 1)}
 
 
@@ -109,12 +101,13 @@ def test_as_many_stages_as_a_gpu_has_room_for_give_the_same(shared_kib, scores_d
 def test_score_gradients_equal_the_reference(shape, dtype, scores_dtype, mode):
     t = integer_inputs(*shape, dtype, scores_dtype)
     check_score_grad(t, torch.tensor(2.0, dtype=scores_dtype), mode)
+    check_score_grad(t, row_thresholds(t), mode)
 
 
 @pytest.mark.parametrize("shared_kib", [100, slow(164), 228])
 def test_two_blocks_of_score_gradients_share_what_a_gpu_has(shared_kib):
     t = integer_inputs(200, 136, 264, BF16, BF16)  # 7 steps: more than there are stages
-    check_score_grad(t, one_threshold(t), "magnitude", shared_bytes=shared_kib * 1024)
+    check_score_grad(t, row_thresholds(t), "magnitude", shared_bytes=shared_kib * 1024)
 
 
 # ------------------------------------------------------------------------------------------- shapes, rows, alignment
@@ -125,8 +118,8 @@ def test_two_blocks_of_score_gradients_share_what_a_gpu_has(shared_kib):
 )
 def test_shapes_round_the_tiles(shape):
     t = integer_inputs(*shape, FP16, BF16)
-    check_products(t, one_threshold(t), "magnitude")
-    check_score_grad(t, one_threshold(t), "value")
+    check_products(t, row_thresholds(t), "magnitude")
+    check_score_grad(t, row_thresholds(t), "value")
 
 
 @pytest.mark.parametrize("tokens", [1, slow(1200)])
@@ -148,13 +141,10 @@ def test_rows_of_any_alignment_and_stride(name, before, more):
         for field in ("x", "grad_output", "weight", "scores") if name == "all" else (name,):
             tensor = getattr(t, field)
             setattr(t, field, within(tensor, before, columns + more))
-        threshold = one_threshold(t)
-        check_products(t, threshold, "magnitude")
-        arguments = (t.grad_output, t.x, t.weight, t.scores, threshold, "magnitude", [False, True, True, False])
-        expected = oracle.masked_linear_backward(*arguments)
-        for got, right in zip(emulated.masked_linear_backward(*arguments), expected):
-            assert_same(got, right)
-        check_product_added(t)
+        o = Operands.of(t, row_thresholds(t))
+        check_products(t, o.threshold, "magnitude")
+        check_gradients(OnDevice(), "masked_linear_backward", *o.backward(BOTH))
+        check_sums(o, OnDevice())
 
 
 @pytest.mark.parametrize(("before", "more"), [(0, 0), (8, 8), (1, 3)])
@@ -194,7 +184,7 @@ def test_strided_outputs_and_nothing_around_them_is_written(before, more):
 )
 def test_the_depth_is_summed_in_parts_where_tiles_are_few(shape, device, expected, scores_dtype, ways):
     t = integer_inputs(*shape, FP16, scores_dtype)
-    check_products(t, one_threshold(t), "magnitude", **{"multiprocessors": 132} | device)
+    check_products(t, row_thresholds(t), "magnitude", **{"multiprocessors": 132} | device)
     assert {*ways} == expected
 
 
@@ -203,11 +193,11 @@ def test_parts_write_nothing_around_their_workspace(at_end, ways):
     with emulated.outputs_at_guard_pages(at_end=at_end):
         t = integer_inputs(65, 136, 1096, BF16, BF16)
         for multiprocessors in (132, 6):  # tiles of 64 and of 128 tokens
-            check_products(t, one_threshold(t), "value", multiprocessors=multiprocessors)
+            check_products(t, row_thresholds(t), "value", multiprocessors=multiprocessors)
         assert {tokens for tokens, parts in ways if parts > 1} == {64, 128}
         ways.clear()
         t = integer_inputs(520, 136, 72, BF16, BF16)
-        check_score_grad(t, one_threshold(t), "value", multiprocessors=132)
+        check_score_grad(t, row_thresholds(t), "value", multiprocessors=132)
     assert parts_of(ways) == {2, 1}
 
 
@@ -221,9 +211,9 @@ def test_parts_are_added_in_one_order_and_rounded_once(transposed, ways):
 @pytest.mark.usefixtures("without_a_workspace")
 def test_without_a_workspace_the_depth_is_in_one():
     t = integer_inputs(9, 40, 1096, FP16, FP16)
-    check_products(t, one_threshold(t), "magnitude", multiprocessors=132)
+    check_products(t, row_thresholds(t), "magnitude", multiprocessors=132)
     t = integer_inputs(1096, 40, 72, FP16, FP16)
-    check_score_grad(t, one_threshold(t), "magnitude", multiprocessors=132)
+    check_score_grad(t, row_thresholds(t), "magnitude", multiprocessors=132)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +228,7 @@ def test_without_a_workspace_the_depth_is_in_one():
 )
 def test_score_gradients_of_many_tokens_are_summed_in_parts(shape, multiprocessors, expected, scores_dtype, ways):
     t = integer_inputs(*shape, FP16, scores_dtype)
-    check_score_grad(t, one_threshold(t), "magnitude", multiprocessors=multiprocessors)
+    check_score_grad(t, row_thresholds(t), "magnitude", multiprocessors=multiprocessors)
     assert parts_of(ways) == expected
 
 
@@ -263,13 +253,12 @@ def test_results_do_not_depend_on_the_schedule(scores_dtype, seed, asynchrony):
     """Warps run in any order, copies land at once or as late as possible; the ring of stages is used several times."""
     emulated.set_settings(seed, asynchrony, emulated.SCHEDULES[seed % 2])
     t = integer_inputs(40, 328, 360, FP16, scores_dtype, seed=seed)
-    threshold = one_threshold(t)
+    threshold = row_thresholds(t)
     check_products(t, threshold, "magnitude")
     t = integer_inputs(360, 40, 48, FP16, scores_dtype, seed=seed)
-    rest = (t.grad_output, t.x, t.weight, t.scores, one_threshold(t), "magnitude", [False, True, True, False])
-    for got, right in zip(emulated.masked_linear_backward(*rest), oracle.masked_linear_backward(*rest)):
-        assert_same(got, right)
-    check_product_added(t)
+    o = Operands.of(t, row_thresholds(t))
+    check_gradients(OnDevice(), "masked_linear_backward", *o.backward(BOTH))
+    check_sums(o, OnDevice())
 
 
 def test_tiles_give_the_right_fragments_without_bank_conflicts():

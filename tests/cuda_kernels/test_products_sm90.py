@@ -9,10 +9,10 @@ from functools import partial
 import emulated
 import pytest
 import torch
-from checked_products import assert_one_product_in_every_schedule, check_products, one_threshold
+from checked_products import assert_one_product_in_every_schedule, check_products
 from guarded import guarded
 from in_turn import in_turn
-from products import MODES
+from products import D_X, MODES, row_thresholds
 
 from mft_kernels import reference
 from mft_kernels.testing import integer_inputs, random_inputs
@@ -47,11 +47,11 @@ def test_edges_are_cut_and_filled_with_zeros(m, n, k):
 
 
 def test_nothing_outside_of_the_inputs_is_read():
-    """TMA knows the sizes; threads read the bias, some of them beyond the last row."""
+    """TMA knows the sizes; threads read thresholds and bias, some of them beyond the last row."""
     t = integer_inputs(40, 200, 128, FP16, FP16)
     for name, tensor in vars(t).items():
         setattr(t, name, guarded(tensor))
-    check_products(t, guarded(one_threshold(t)), "magnitude", arch="sm_90")
+    check_products(t, guarded(row_thresholds(t)), "magnitude", arch="sm_90")
 
 
 def test_what_it_does_not_take_is_refused_by_name():
@@ -64,6 +64,9 @@ def test_what_it_does_not_take_is_refused_by_name():
         tensors[name] = torch.zeros(len(tensors[name]), 97).half()[:, :96]
         with pytest.raises(RuntimeError, match="must begin at multiples of 16 bytes, got a stride of 194"):
             emulated.masked_linear(*tensors.values(), two, None, "magnitude", arch="sm_90")
+    rows = (t.weight, t.scores, row_thresholds(t), "magnitude", D_X)
+    with pytest.raises(RuntimeError, match="thresholds by row must be packed"):
+        emulated.masked_linear_backward(t.grad_output, t.x, *rows, arch="sm_90")
 
 
 # --------------------------------------------------------------------------------------------------------- in parts

@@ -12,7 +12,7 @@ from mft_kernels.backends import cpu
 from mft_kernels.backends import table as backends
 from mft_kernels.testing import random_inputs
 
-REPEATS, RACES = 100, 10  # threads wait long for each other on a busy machine
+REPEATS, RACES = 100, 5  # threads wait long for each other on a busy machine
 INTERPRETED = 20  # a call takes up to a tenth of a second; only the memory that it gets may differ
 KEPT = 0.7
 #: M, N, K. Triton's interpreter takes milliseconds per call, whatever the size. Threads share large scores.
@@ -170,27 +170,21 @@ def test_many_calls_in_deterministic_mode_give_the_bits_of_one_without(op, backe
             assert bits(call()) == expected
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
-def test_two_threads_that_race_give_the_same_bits_each_time(op, backend, threads):
-    call = calls(backend, LARGER, torch.bfloat16)[op]
-    threads(2)
-    expected = bits(call())
-    for _ in range(RACES):
-        assert bits(call()) == expected
-
-
 @pytest.mark.parametrize("backend", ["reference", "cpu"], indirect=True)
 @pytest.mark.parametrize("op", OPS)
-def test_how_many_threads_changes_no_bit_but_where_torch_multiplies(op, backend, threads):
-    multiplies = op.startswith(("masked_linear", "accumulate"))
-    if multiplies and (backend == "reference" or cpu.capabilities()[0] in ("avx2", "portable")):
-        pytest.skip("torch's GEMM may cut its sums by threads (docs/explanation/kernels.md)")
+def test_neither_threads_nor_their_races_change_a_bit(op, backend, threads):
+    """Where torch multiplies, its GEMM may cut its sums by threads (docs/explanation/kernels.md)."""
+    torchs = op.startswith(("masked_linear", "accumulate")) and (
+        backend == "reference" or cpu.capabilities()[0] in ("avx2", "portable")
+    )
     call = calls(backend, LARGER, torch.bfloat16, learned=("x", "scores"))[op]
     expected = bits(call())
     for count in (2, 3):
         threads(count)
-        assert bits(call()) == expected, count
+        if torchs:
+            expected = bits(call())
+        for _ in range(RACES if backend == "cpu" else 1):
+            assert bits(call()) == expected, count
 
 
 class Recorder(TorchDispatchMode):

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 
 import pytest
 import torch
@@ -133,14 +132,3 @@ def test_nothing_is_measured_while_a_graph_is_captured(measuring, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choose(100, measuring, fused=2.0, scratch=1.0) == FUSED
     assert measuring == []
-
-
-def test_a_file_of_choices_that_there_are_not_is_measured_anew(measuring, tmp_path, caplog):
-    choose(100, measuring, fused=1.0, scratch=2.0)
-    (file,) = (tmp_path / "kernels").iterdir()
-    file.write_text(file.read_text().replace(f'"{FUSED}"', '"both"'))
-    choice._choices.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="mft_kernels"):
-        assert choose(100, measuring, fused=2.0, scratch=1.0) == SCRATCH
-    assert "measurements are repeated" in caplog.text
-    assert stored(tmp_path) == [SCRATCH]
