@@ -68,5 +68,9 @@ class MaskedInPlace:
         return copy
 
     def _run(self, function: str) -> Callable:
-        """Return the function that serves put_aside, put_back or drop (reference/in_place.py) on this weight."""
-        return choose(function, self.weight.device, (self.weight.dtype,), "auto", op=function)
+        """Return the function that serves put_aside, put_back or drop (reference/in_place.py) on this weight.
+
+        Kernels write only to contiguous weights.
+        """
+        backend = "auto" if self.weight.is_contiguous() else "reference"
+        return choose(function, self.weight.device, (self.weight.dtype,), backend)

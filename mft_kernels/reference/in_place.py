@@ -1,7 +1,7 @@
 """A mask in its weight's own memory, in plain PyTorch: dropped elements are stored aside, bit for bit, and become +0.
 
-weight is a floating matrix (N, K), or (E, N, K) for experts. Masks are contiguous bits, see pack_mask. aside is (D,):
-the D dropped elements in row-major order, in the weight's dtype.
+weight is a floating matrix (N, K), or (E, N, K) for experts; kernels take only contiguous ones. Masks are contiguous
+bits, see pack_mask. aside is (D,): the D dropped elements in row-major order, in the weight's dtype.
 """
 
 import torch

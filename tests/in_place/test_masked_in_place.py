@@ -52,6 +52,16 @@ def test_a_weight_holds_one_mask_after_another_and_comes_back(shape, dtype):
     assert torch.equal(bits(weight), bits(torch.where(masks[2][1], whole, 0)))
 
 
+@pytest.mark.parametrize("weight", [torch.randn(8, 66)[:, ::2], torch.randn(33, 8).T], ids=["gaps", "transposed"])
+def test_a_weight_with_gaps_or_transposed_is_written_as_it_lies(weight):
+    whole, (packed, keep) = weight.clone(), mask_of((8, 33), 1)
+    held = held_by(weight, packed)
+    assert torch.equal(weight, torch.where(keep, whole, 0))
+    assert torch.equal(held.whole(), whole)
+    held.lift()
+    assert torch.equal(weight, whole)
+
+
 @pytest.mark.parametrize("place", ["put_back", "put_aside", "drop"])
 @pytest.mark.parametrize("early", [True, False], ids=["before", "after"])
 def test_an_exception_anywhere_in_a_change_loses_nothing(place, early, monkeypatch):

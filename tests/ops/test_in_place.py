@@ -94,21 +94,6 @@ def test_bits_behind_a_row_are_no_elements(run):
         assert same(weight, random_weight((6, 40), torch.bfloat16))
 
 
-@pytest.mark.parametrize("function", ["put_aside", "put_back", "drop"])
-def test_a_weight_with_gaps_or_transposed_is_written_as_it_lies(run, function):
-    for weight in (random_weight((8, 66), torch.float32)[:, ::2], random_weight((33, 8), torch.float32).T):
-        whole, packed = weight.clone(), random_mask((8, 33), 0.5, 1)
-        keep = reference.unpack_mask(packed, (8, 33))
-        if function == "put_aside":
-            assert same(run(function)(weight, packed), whole[~keep])
-        elif function == "drop":
-            run(function)(weight, packed)
-            assert same(weight.contiguous(), torch.where(keep, whole, 0).contiguous())
-        else:
-            run(function)(weight, torch.full((int((~keep).sum()),), 2.0), packed)
-            assert same(weight.contiguous(), torch.where(keep, whole, 2.0).contiguous())
-
-
 def test_nothing_around_a_weight_is_written(run):
     around = random_weight((3, 8, 33), torch.bfloat16)
     before, packed = around.clone(), random_mask((8, 33), 0.1, 1)

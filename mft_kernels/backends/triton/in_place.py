@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ...reference import in_place as reference
 from .launch import launch
 
 _BLOCK = 1024  # elements of a row at a time, 8 per thread
@@ -25,28 +24,19 @@ def put_aside(weight: Tensor, packed: Tensor, held: tuple[Tensor, Tensor] | None
 
     ``held``: (aside, mask) if the weight already holds a mask; aside has the elements that it dropped.
     """
-    if not weight.is_contiguous() or weight.numel() == 0:
-        return reference.put_aside(weight, packed, held)
     ends = ends_of(weight, packed)
-    out = weight.new_empty(int(ends[-1]))
-    if held is None:
-        launch_put_aside(out, weight, packed, ends)
-    else:
-        launch_put_aside(out, weight, packed, ends, (*held, ends_of(weight, held[1])))
+    out = weight.new_empty(int(ends[-1:].sum()))  # 0 without rows
+    launch_put_aside(out, weight, packed, ends, None if held is None else (*held, ends_of(weight, held[1])))
     return out
 
 
 def put_back(weight: Tensor, aside: Tensor, held: Tensor, wanted: Tensor | None = None) -> None:
     """Write ``aside`` to where ``held`` dropped it from, except the elements that ``wanted`` drops too."""
-    if not weight.is_contiguous() or weight.numel() == 0:
-        return reference.put_back(weight, aside, held, wanted)
     launch_put_back(weight, aside, held, ends_of(weight, held), wanted)
 
 
 def drop(weight: Tensor, packed: Tensor, held: Tensor | None = None) -> None:
     """Write +0 where ``packed`` drops. Where ``held`` drops, +0 is already there."""
-    if not weight.is_contiguous() or weight.numel() == 0:
-        return reference.drop(weight, packed, held)
     _launch_by_row(_drop_kernel, weight, _as_bits(weight), packed, held)
     increment_version(weight)
 
@@ -86,7 +76,7 @@ def _launch_by_row(kernel: Any, weight: Tensor, *arguments: Tensor | None) -> No
 
 
 def _grid(weight: Tensor) -> tuple[int]:
-    return (weight.numel() // weight.shape[-1],)
+    return (weight.shape[:-1].numel(),)
 
 
 def _as_bits(values: Tensor) -> Tensor:
