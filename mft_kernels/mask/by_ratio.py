@@ -82,16 +82,6 @@ class ForwardMaskGradient(StraightThrough):
         return self._gradients_with(self._backward_op.call_of(given), ctx.mask)
 
 
-def _check(call: Any) -> Any:
-    checks.check_linear(call)
-    return _check_rule(call)
-
-
-def _check_of_experts(call: Any) -> Any:
-    check_grouped(call)
-    return _check_rule(call)
-
-
 def _check_rule(call: Any) -> Any:
     checks.check_mode(call.mode)
     checks.check_tensor("scores", call.scores)
@@ -147,7 +137,7 @@ _BY_RATIO_BACKWARD = Op(
 _BY_RATIO = Op(
     "masked_linear_by_ratio",
     _product,
-    check=_check,
+    check=lambda call: _check_rule(checks.check_linear(call)),
     gradient=ForwardMaskGradient("masked_linear_by_ratio", _BY_RATIO_BACKWARD, _gradients),
     fast_path=_fast_path,
 )
@@ -159,6 +149,6 @@ _GROUPED_BY_RATIO_BACKWARD = Op(
 _GROUPED_BY_RATIO = Op(
     "masked_linear_grouped_by_ratio",
     _product_of_experts,
-    check=_check_of_experts,
+    check=lambda call: _check_rule(check_grouped(call)),
     gradient=ForwardMaskGradient("masked_linear_grouped_by_ratio", _GROUPED_BY_RATIO_BACKWARD, _gradients_of_experts),
 )

@@ -135,8 +135,8 @@ def check_mode(mode: str) -> None:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
 
 
-def check_linear(call: Any) -> None:
-    """Raise unless a call's x (..., K), weight (N, K) and bias (N,) fit each other as in nn.Linear."""
+def check_linear(call: Any) -> Any:
+    """Return the call. Raises: unless x (..., K), weight (N, K) and bias (N,) fit each other as in nn.Linear."""
     x, weight, bias = call.x, call.weight, call.bias
     check_tensor("x", x)
     check_tensor("weight", weight)
@@ -148,6 +148,7 @@ def check_linear(call: Any) -> None:
         )
     check_multiplied(x, weight)
     check_bias(bias, x, (weight.shape[0],))
+    return call
 
 
 def check_multiplied(x: Tensor, weight: Tensor) -> None:

@@ -113,16 +113,6 @@ def _experts(call: Any) -> Experts:
     return Experts(call.weight, call.offsets)
 
 
-def _check_scores(call: Any) -> Any:
-    check_grouped(call)
-    return check_mask_of_scores(call)
-
-
-def _check_words(call: Any) -> Any:
-    check_grouped(call)
-    return check_mask_of_words(call)
-
-
 _GROUPED_BACKWARD = Op(
     "masked_linear_grouped_backward",
     lambda call: served.gradients(call, _experts(call), keep_by_scores(call)),
@@ -131,7 +121,7 @@ _GROUPED_BACKWARD = Op(
 _GROUPED = Op(
     "masked_linear_grouped",
     lambda call: served.product(call, _experts(call), keep_by_scores(call)),
-    check=_check_scores,
+    check=lambda call: check_mask_of_scores(check_grouped(call)),
     gradient=StraightThrough("masked_linear_grouped", _GROUPED_BACKWARD),
 )
 #: Returns d_x, d_weight, d_scores and d_bias.
@@ -143,7 +133,7 @@ GROUPED_PACKED_BACKWARD = Op(
 GROUPED_PACKED = Op(
     "masked_linear_grouped_packed",
     lambda call: served.product(call, _experts(call), keep_by_words(call)),
-    check=_check_words,
+    check=lambda call: check_mask_of_words(check_grouped(call)),
     gradient=StraightThrough("masked_linear_grouped_packed", GROUPED_PACKED_BACKWARD),
 )
 

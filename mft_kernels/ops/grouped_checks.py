@@ -8,8 +8,8 @@ from torch import Tensor
 from .checks import check_bias, check_device, check_multiplied, check_tensor
 
 
-def check_grouped(call: Any) -> None:
-    """Raise unless x (T, K), weight (E, N, K), offsets (E,) and bias (E, N) fit each other.
+def check_grouped(call: Any) -> Any:
+    """Return the call. Raises: unless x (T, K), weight (E, N, K), offsets (E,) and bias (E, N) fit each other.
 
     If transposed, weight is (E, K, N).
     """
@@ -31,6 +31,7 @@ def check_grouped(call: Any) -> None:
     check_multiplied(x, weight)
     check_offsets(call.offsets, weight.shape[0], x)
     check_bias(call.bias, x, (weight.shape[0], n), "one value per output feature and expert ")
+    return call
 
 
 def check_offsets(offsets: Tensor, experts: int, x: Tensor) -> None:

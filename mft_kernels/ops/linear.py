@@ -89,16 +89,6 @@ def accumulate_score_grad(
 # ---------------------------------------------------------------------------------------------- the ops' definitions
 
 
-def _check_scores(call: Any) -> Any:
-    check_linear(call)
-    return check_mask_of_scores(call)
-
-
-def _check_words(call: Any) -> Any:
-    check_linear(call)
-    return check_mask_of_words(call)
-
-
 _MASKED_LINEAR_BACKWARD = Op(
     "masked_linear_backward",
     lambda call: served.gradients(call, call.weight, keep_by_scores(call)),
@@ -108,7 +98,7 @@ _MASKED_LINEAR_BACKWARD = Op(
 _MASKED_LINEAR = Op(
     "masked_linear",
     lambda call: served.product(call, call.weight, keep_by_scores(call)),
-    check=_check_scores,
+    check=lambda call: check_mask_of_scores(check_linear(call)),
     gradient=StraightThrough("masked_linear", _MASKED_LINEAR_BACKWARD),
     short=True,
 )
@@ -122,7 +112,7 @@ MASKED_LINEAR_PACKED_BACKWARD = Op(
 MASKED_LINEAR_PACKED = Op(
     "masked_linear_packed",
     lambda call: served.product(call, call.weight, keep_by_words(call)),
-    check=_check_words,
+    check=lambda call: check_mask_of_words(check_linear(call)),
     gradient=StraightThrough("masked_linear_packed", MASKED_LINEAR_PACKED_BACKWARD),
     short=True,
 )

@@ -155,21 +155,17 @@ def _check_codes(codes, absmax, shape, kind) -> list[Tensor]:
     return scales
 
 
-def _check_tokens(name: str, x: Tensor, codes: Tensor, columns: int) -> None:
-    check_tensor(name, x)
-    check_floating(name, x)
-    check_device(name, x, "codes", codes)
-    if x.dim() == 0 or x.shape[-1] != columns:
-        raise ValueError(f"{name} must end in in_features = {columns}, got shape {tuple(x.shape)}")
-
-
 # ---------------------------------------------------------------------------------------------- the ops' definitions
 
 
 def _check(call: Any) -> Any:
     x, codes, packed, shape = call.x, call.codes, call.packed, call.shape
     absmax = _check_codes(codes, call.absmax, shape, call.kind)
-    _check_tokens("x", x, codes, shape[1])
+    check_tensor("x", x)
+    check_floating("x", x)
+    check_device("x", x, "codes", codes)
+    if x.dim() == 0 or x.shape[-1] != shape[1]:
+        raise ValueError(f"x must end in in_features = {shape[1]}, got shape {tuple(x.shape)}")
     if packed is not None:
         check_packed("packed", packed, shape)
         check_device("packed", packed, "codes", codes)

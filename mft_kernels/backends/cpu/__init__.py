@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import reference
 from ...codes import Codes, Int8, Table
 from ...operands import MODES, MOST_MASKS, Experts, Keep, KeepByTask, Sums, Update, Weight
+from ...reference.fixed_point import selectable
 from ...reference.linear import grad_of_linear, kept_count
 from .. import built
 from ..autotune import AUTOTUNE, measuring
@@ -91,10 +92,7 @@ def step(update: Update) -> tuple[Tensor, Tensor]:
     )
     if update.keep_ratio is None:
         return scores.new_empty(0), scores.new_empty(0, dtype=torch.int32)
-    keys = (scores, found)
-    if scores.dtype == torch.int16:  # read as fp16, codes have the order of the scores
-        keys = (scores.view(torch.float16), found.view(torch.float16))
-    return found, built.cpu_ops.pack_mask(*keys, update.magnitude)
+    return found, built.cpu_ops.pack_mask(selectable(scores), selectable(found), update.magnitude)
 
 
 def decode(weight: Codes, dtype: torch.dtype) -> Tensor:

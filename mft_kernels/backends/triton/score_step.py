@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...operands import Update
+from ...reference.fixed_point import selectable
 from ...reference.linear import kept_count
 from ...reference.step import BLOCK, CHUNK, MEAN_BIAS, MEAN_CODES, SQUARE_BIAS, SQUARE_CODES
 from .bits import pack_mask
@@ -54,7 +55,7 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
     if hint is not None:  # the bins, the keys above them, the scores that are not finite
         counts = torch.zeros(window + 2, dtype=torch.int64, device=scores.device)
         hint = hint.view(torch.int16)
-    keys: dict[str, str | int] = {"MODE": mode, "INFINITY": INFINITY[_floats(scores).dtype], "WINDOW": window}
+    keys: dict[str, str | int] = {"MODE": mode, "INFINITY": INFINITY[selectable(scores).dtype], "WINDOW": window}
     launch(
         _score_step_kernel,
         (min(triton.cdiv(scores.numel(), _CHUNKS * CHUNK), _PROGRAMS * target.multiprocessors),),
@@ -90,7 +91,7 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
     if keep_ratio is None:
         return scores.new_empty(0), scores.new_empty(0, dtype=torch.int32)
     found = _next_threshold(scores, hint, counts, keep_ratio, keys)
-    return found.view(scores.dtype), pack_mask(_floats(scores), found, mode)
+    return found.view(scores.dtype), pack_mask(selectable(scores), found, mode)
 
 
 def window_of(target: Target) -> int:
@@ -102,7 +103,7 @@ def _next_threshold(
     scores: Tensor, hint: Tensor | None, counts: Tensor | None, keep_ratio: float, keys: dict[str, str | int]
 ) -> Tensor:
     """Return the threshold of the scores, 0-d, from the counts if the window holds it; as fp16 for int16 scores."""
-    floats, mode = _floats(scores), str(keys["MODE"])
+    floats, mode = selectable(scores), str(keys["MODE"])
     if counts is None or scores.numel() == 0:
         return select(floats, keep_ratio, mode)
     found = floats.new_empty(())
@@ -119,11 +120,6 @@ def _next_threshold(
         num_warps=4,
     )
     return select(floats, keep_ratio, mode, into=found, only_if=missed)
-
-
-def _floats(scores: Tensor) -> Tensor:
-    """Return the scores as select.py reads them: fixed point as fp16."""
-    return scores.view(torch.float16) if scores.dtype == torch.int16 else scores
 
 
 def _signed(word: int) -> int:
