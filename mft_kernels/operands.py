@@ -84,6 +84,21 @@ class Experts:
 Weight = Tensor | Codes | Experts
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """Return tokens (..., K) as a matrix (rows, K), also for K = 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """Return the tensor, or a contiguous copy; None for None."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def scores_and_signs(sign: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the source of d_scores' sign as (scores, words): at most one of them is not None."""
+    return (None, sign) if sign is not None and sign.dtype == torch.int32 else (sign, None)
+
+
 def dtypes_of(tokens: Tensor, weight: Weight, keep: Keep | KeepByTask | None) -> tuple:
     """Return the dtypes by which a backend is chosen: of the weight (of the tokens for codes), then of the scores."""
     matrix = weight.matrices if isinstance(weight, Experts) else weight

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..operands import Backward, Experts, Sums
+from ..operands import Backward, Experts, Sums, as_rows
 from ..reference.functions import kept
 from ..reference.linear import Gradients
 
@@ -38,5 +38,5 @@ def by_two_functions(product: Callable, score_grad: Callable, asked: Backward) -
         sums = Sums(grad, asked.x, weight, asked.sign, d_scores if wants_scores else None)
         score_grad(sums._replace(d_weight=d_weight, keep=asked.keep) if wants_weight else sums)
     if wants_bias:
-        d_bias = grad.reshape(grad.shape[:-1].numel(), grad.shape[-1]).sum(0)
+        d_bias = as_rows(grad).sum(0)
     return d_x, d_weight, d_scores, d_bias

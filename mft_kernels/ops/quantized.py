@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..backends.table import asked_for, choose, registered
 from ..codes import FORMATS, Codes
-from ..operands import Keep
+from ..operands import Keep, as_rows
 from . import served
 from .checks import check_bias, check_device, check_floating, check_packed, check_shape, check_tensor
 from .linear import MASKED_LINEAR_PACKED_BACKWARD, masked_linear_packed
@@ -198,7 +198,7 @@ class _ToTokensAndBias(Gradient):
         if ctx.needs_input_grad[0]:
             d_x = _QUANTIZED_D_X(grad_output, codes, absmax, packed, *ctx.settings)
         if ctx.needs_input_grad[4]:
-            d_bias = grad_output.reshape(grad_output.shape[:-1].numel(), grad_output.shape[-1]).sum(0)
+            d_bias = as_rows(grad_output).sum(0)
         return d_x, None, [None] * len(absmax), None, d_bias, None, None, None
 
 

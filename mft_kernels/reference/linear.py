@@ -6,6 +6,8 @@ keep is ``|scores| >= threshold`` ("magnitude") or ``scores >= threshold`` ("val
 import torch
 from torch import Tensor
 
+from ..operands import as_rows
+
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]  # of x, weight, scores, bias; (0,) if not wanted
 
 _WORD = 32  # bits of an int32 word of a packed mask
@@ -82,19 +84,19 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Compute y = x @ weight.T + bias, (..., N); see filled."""
-    y = torch.nn.functional.linear(filled(_rows(x), 1), filled(weight, 1), bias)
+    y = torch.nn.functional.linear(filled(as_rows(x), 1), filled(weight, 1), bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def grad_of_linear(grad_output: Tensor, weight: Tensor) -> Tensor:
     """Compute d_x = grad_output @ weight, (..., K)."""
-    d_x = filled(_rows(grad_output), 1) @ filled(weight, 0)
+    d_x = filled(as_rows(grad_output), 1) @ filled(weight, 0)
     return d_x.view(*grad_output.shape[:-1], weight.shape[1])
 
 
 def weight_gradient(grad_output: Tensor, x: Tensor) -> Tensor:
     """Compute grad_output.T @ x, (N, K)."""
-    return filled(_rows(grad_output), 0).T @ filled(_rows(x), 0)
+    return filled(as_rows(grad_output), 0).T @ filled(as_rows(x), 0)
 
 
 def filled(operand: Tensor, axis: int) -> Tensor:
@@ -127,8 +129,3 @@ def _kth_smallest(keys: Tensor, k: int) -> Tensor:
     if torch.are_deterministic_algorithms_enabled():
         return keys.sort().values[k - 1]
     return keys.kthvalue(k).values
-
-
-def _rows(x: Tensor) -> Tensor:
-    # Not reshape(-1, ...): with no features, the number of rows would be undefined.
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])

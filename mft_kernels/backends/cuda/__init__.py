@@ -9,7 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ...operands import Keep, Sums
+from ...operands import Keep, Sums, as_rows, contiguous, scores_and_signs
 from ...reference.linear import kept_count
 from .. import built
 from ..built import load, report
@@ -20,22 +20,20 @@ _OLDEST = 80
 
 def product(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, *, transposed: bool = False) -> Tensor:
     """Compute a @ where(keep, weight, 0).T + bias, without the .T if transposed; see the reference."""
-    bias = _contiguous(bias)
+    bias = contiguous(bias)
     y = built.cuda_ops.product(_rows(a), _matrix(weight), *_mask(keep), bias, keep.magnitude, transposed)
     return y.view(*a.shape[:-1], weight.shape[transposed])
 
 
 def score_grad(sums: Sums) -> None:
     """Compute d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign] in the epilogue, without a temporary."""
-    d_scores, sign, keep = sums.d_scores, sums.sign, sums.keep
-    if sign is not None and sign.dtype == torch.int32:
-        of_sign: tuple[Tensor | None, Tensor | None] = (None, sign.contiguous())
-    else:
-        of_sign = (None if sign is None else _matrix(sign), None)
+    keep = sums.keep
+    scores, signs = scores_and_signs(sums.sign)
     weight = None if sums.weight is None else _matrix(sums.weight)
     operands = _rows(sums.grad_output), _rows(sums.x)
     mask, magnitude = ((None, None, None), False) if keep is None else (_mask(keep), keep.magnitude)
-    outputs = d_scores, sums.d_weight
+    of_sign = None if scores is None else _matrix(scores), contiguous(signs)
+    outputs = sums.d_scores, sums.d_weight
     built.cuda_ops.score_grad_(*outputs, *operands, weight, *of_sign, *mask, magnitude, sums.accumulate)
 
 
@@ -58,10 +56,6 @@ def signs(scores: Tensor) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------- below: private
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 def _matrix(t: Tensor) -> Tensor:
     """Return t, (N, K), or a copy unless columns have unit stride and rows do not overlap.
 
@@ -73,13 +67,13 @@ def _matrix(t: Tensor) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return _matrix(x.reshape(x.shape[:-1].numel(), x.shape[-1]))
+    return _matrix(as_rows(x))
 
 
 def _mask(keep: Keep) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return (scores, thresholds, packed) as the library takes them."""
     scores = None if keep.scores is None else _matrix(keep.scores)
-    return scores, keep.thresholds, _contiguous(keep.words)
+    return scores, keep.thresholds, contiguous(keep.words)
 
 
 # Functions of tokens or a weight. The others take scores, also in float32.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...codes import Codes
-from ...operands import Backward, Experts, Keep, KeepByTask, Sums, Weight
+from ...operands import Backward, Experts, Keep, KeepByTask, Sums, Weight, as_rows
 from ...reference.linear import Gradients
 from ..gradients import by_two_functions
 from .arguments import aligned, is_exact, operands
@@ -63,7 +63,7 @@ def product(
     if isinstance(weight, Experts):
         return product_of_experts(a, weight, keep, bias, transposed)
     keep = Keep(keep.source.contiguous()) if _has_gaps(keep.source) else keep
-    return _product(_rows(a), weight, keep, bias, transposed, choose).view(*a.shape[:-1], weight.shape[transposed])
+    return _product(as_rows(a), weight, keep, bias, transposed, choose).view(*a.shape[:-1], weight.shape[transposed])
 
 
 def gradients(asked: Backward, *, choose: Choose = always_fused) -> Gradients:
@@ -94,12 +94,8 @@ def score_grad(sums: Sums) -> None:
 # ---------------------------------------------------------------------------------------------- below: private
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
 def _by_rows(sums: Sums) -> Sums:
-    return sums._replace(grad_output=_rows(sums.grad_output), x=_rows(sums.x))
+    return sums._replace(grad_output=as_rows(sums.grad_output), x=as_rows(sums.x))
 
 
 def _has_gaps(tensor: Tensor | None) -> bool:
