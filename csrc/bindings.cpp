@@ -1,6 +1,6 @@
 // The ops of namespace mft_cpu: their schemas, and the functions that pass tensors to the kernels. They use torch's
 // stable ABI, so one shared object serves torch 2.11 and newer. mft_kernels/backends/cpu/__init__.py makes every input
-// contiguous and 2-d; only x of masked_linear may have any number of dimensions, at least one.
+// contiguous, and 2-d except for the tokens of masked_linear and grad_x.
 
 #include <atomic>
 #include <cstring>
@@ -22,25 +22,16 @@ namespace {
 
 Tensor masked_linear(Tensor x, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
                      std::optional<Tensor> packed, std::optional<Tensor> bias, bool magnitude, Text path) {
-  const mft::Capability& cpu = mft::chosen_capability();
-  const Matrix w = input(weight, "weight"), in = flat(x, w.columns, "x", const_cast<void*>(x.const_data_ptr()));
-  STD_TORCH_CHECK(in.format == w.format, "x must be in weight's dtype");
-  const void* added = bias_of(bias, w.rows, w.format);
-  Tensor y = empty_product(x, in.rows, w.rows);
-  mft::masked_linear(cpu, flat(y, w.rows, "y", y.mutable_data_ptr()), in, w,
-                     mask_source(scores, threshold, packed, magnitude, w.rows, w.columns), added, mft::path_of(path));
-  return y;
+  const Matrix w = input(weight, "weight");
+  return forward_of(x, w, mask_source(scores, threshold, packed, magnitude, w.rows, w.columns),
+                    bias_of(bias, w.rows, w.format), mft::path_of(path));
 }
 
 Tensor grad_x(Tensor grad_output, Tensor weight, std::optional<Tensor> scores, std::optional<Tensor> threshold,
               std::optional<Tensor> packed, bool magnitude, Text path) {
-  const mft::Capability& cpu = mft::chosen_capability();
-  const Matrix w = input(weight, "weight"), grad = input(grad_output, "grad_output");
-  STD_TORCH_CHECK(grad.format == w.format && grad.columns == w.rows, "grad_output must be (M, N) in weight's dtype");
-  Tensor d_x = empty_matrix(grad_output, grad.rows, w.columns, grad.rows);
-  mft::grad_x(cpu, output(d_x, "d_x"), grad, w, mask_source(scores, threshold, packed, magnitude, w.rows, w.columns),
-              mft::path_of(path));
-  return d_x;
+  const Matrix w = input(weight, "weight");
+  return d_x_of(grad_output, w, mask_source(scores, threshold, packed, magnitude, w.rows, w.columns),
+                mft::path_of(path));
 }
 
 Tensor grad_weight(Tensor grad_output, Tensor x, std::optional<Tensor> scores, std::optional<Tensor> threshold,

@@ -148,4 +148,27 @@ inline Tensor empty_product(const Tensor& x, int64_t rows, int64_t columns) {
   return t;
 }
 
+inline Matrix tokens_of(const Tensor& t, const char* name, int64_t columns, Format format) {
+  const Matrix tokens = flat(t, columns, name, const_cast<void*>(t.const_data_ptr()));
+  STD_TORCH_CHECK(tokens.format == format, name, " must be in weight's dtype");
+  return tokens;
+}
+
+// Return masked_linear() of x (..., K), (..., N).
+inline Tensor forward_of(const Tensor& x, const Weight& weight, const MaskSource& mask, const void* bias,
+                         Path path = Path::kAuto) {
+  const Matrix in = tokens_of(x, "x", weight.columns, weight.format);
+  Tensor y = empty_product(x, in.rows, weight.rows);
+  masked_linear(chosen_capability(), flat(y, weight.rows, "y", y.mutable_data_ptr()), in, weight, mask, bias, path);
+  return y;
+}
+
+// Return grad_x() of grad_output (..., N), (..., K).
+inline Tensor d_x_of(const Tensor& grad_output, const Weight& weight, const MaskSource& mask, Path path = Path::kAuto) {
+  const Matrix grad = tokens_of(grad_output, "grad_output", weight.rows, weight.format);
+  Tensor d_x = empty_product(grad_output, grad.rows, weight.columns);
+  grad_x(chosen_capability(), flat(d_x, weight.columns, "d_x", d_x.mutable_data_ptr()), grad, weight, mask, path);
+  return d_x;
+}
+
 }  // namespace mft

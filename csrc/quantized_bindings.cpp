@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "cpu/capability.h"
-#include "cpu/dequantize.h"
+#include "cpu/parallel.h"
 #include "operands.h"
 #include "text.h"
 
@@ -52,33 +52,29 @@ MaskSource bits_or_all(const std::optional<Tensor>& packed, std::vector<uint32_t
 Tensor masked_linear_quantized(Tensor x, Tensor codes, std::vector<Tensor> absmax, std::optional<Tensor> packed,
                                std::optional<Tensor> bias, int64_t rows, int64_t columns, std::optional<Tensor> levels,
                                int64_t block, Text path) {
-  const mft::Capability& cpu = mft::chosen_capability();
   const mft::Quantized weight = quantized(codes, absmax, rows, columns, levels, block);
-  const Matrix in = mft::flat(x, columns, "x", const_cast<void*>(x.const_data_ptr()));
-  const void* added = mft::bias_of(bias, rows, in.format);
+  const Format format = mft::format_of(x, "x");
   std::vector<uint32_t> all;
-  Tensor y = mft::empty_product(x, in.rows, rows);
-  mft::masked_linear(cpu, mft::flat(y, rows, "y", y.mutable_data_ptr()), in, {weight, cpu.decode, in.format},
-                     bits_or_all(packed, all, rows, columns), added, mft::path_of(path));
-  return y;
+  return mft::forward_of(x, {weight, mft::chosen_capability().decode, format}, bits_or_all(packed, all, rows, columns),
+                         mft::bias_of(bias, rows, format), mft::path_of(path));
 }
 
 Tensor grad_x_quantized(Tensor grad_output, Tensor codes, std::vector<Tensor> absmax, std::optional<Tensor> packed,
                         int64_t rows, int64_t columns, std::optional<Tensor> levels, int64_t block, Text path) {
-  const mft::Capability& cpu = mft::chosen_capability();
   const mft::Quantized weight = quantized(codes, absmax, rows, columns, levels, block);
-  const Matrix grad = mft::input(grad_output, "grad_output");
-  STD_TORCH_CHECK(grad.columns == rows, "grad_output must be (M, N)");
+  const Format format = mft::format_of(grad_output, "grad_output");
   std::vector<uint32_t> all;
-  Tensor d_x = mft::empty_matrix(grad_output, grad.rows, columns, grad.rows);
-  mft::grad_x(cpu, mft::output(d_x, "d_x"), grad, {weight, cpu.decode, grad.format}, bits_or_all(packed, all, rows, columns),
-              mft::path_of(path));
-  return d_x;
+  return mft::d_x_of(grad_output, {weight, mft::chosen_capability().decode, format},
+                     bits_or_all(packed, all, rows, columns), mft::path_of(path));
 }
 
 void dequantize_(Tensor out, Tensor codes, std::vector<Tensor> absmax, std::optional<Tensor> levels, int64_t block) {
   const Matrix dense = mft::output(out, "out");
-  mft::dequantize(mft::chosen_capability(), dense, quantized(codes, absmax, dense.rows, dense.columns, levels, block));
+  const mft::Quantized weight = quantized(codes, absmax, dense.rows, dense.columns, levels, block);
+  const mft::Decode decode = mft::chosen_capability().decode;
+  mft::parallel_for(0, dense.rows, 1 + 65536 / (dense.columns + 1), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) decode(dense.row(r), dense.format, weight, r, 0, dense.columns);
+  });
 }
 
 }  // namespace

@@ -57,8 +57,6 @@ bool is_bias(const Optional& t, ScalarType type, int64_t rows) {
 
 const void* data_of(const Optional& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
 
-Matrix tokens_of(const Tensor& t, int64_t columns) { return flat(t, columns, "tokens", const_cast<void*>(t.const_data_ptr())); }
-
 bool is_weight(const Tensor& t) { return is_taken(t.scalar_type()) && is_usual(t) && t.dim() == 2; }
 
 // Return whether t holds one score per weight; below, whether t is the threshold for these scores.
@@ -78,14 +76,6 @@ MaskSource mask_of(const Tensor& scores, const Tensor& threshold, const std::str
   return mask_source(scores, threshold, std::nullopt, mode == "magnitude", weight.rows, weight.columns);
 }
 
-Tensor product(const Tensor& x, const Matrix& weight, const MaskSource& mask, const Optional& bias) {
-  const Matrix in = tokens_of(x, weight.columns);
-  Tensor y = empty_product(x, in.rows, weight.rows);
-  mft::masked_linear(mft::chosen_capability(), flat(y, weight.rows, "y", y.mutable_data_ptr()), in, weight, mask,
-                     data_of(bias));
-  return y;
-}
-
 Optional try_masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor threshold, Optional bias, Text mode) {
   if (is_asked_for() || !is_weight(weight) || !is_mode(mode)) return std::nullopt;
   const ScalarType type = weight.scalar_type();
@@ -93,7 +83,7 @@ Optional try_masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor thresh
   if (!is_tokens(x, type, columns) || !is_bias(bias, type, rows)) return std::nullopt;
   if (!is_scores(scores, rows, columns) || !is_threshold(threshold, scores)) return std::nullopt;
   const Matrix w = input(weight, "weight");
-  return product(x, w, mask_of(scores, threshold, mode, w), bias);
+  return forward_of(x, w, mask_of(scores, threshold, mode, w), data_of(bias));
 }
 
 Optional try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Optional bias) {
@@ -102,7 +92,7 @@ Optional try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Option
   const int64_t rows = weight.size(0), columns = weight.size(1);
   if (!is_tokens(x, type, columns) || !is_words(packed, rows, columns) || !is_bias(bias, type, rows)) return std::nullopt;
   const Matrix w = input(weight, "weight");
-  return product(x, w, mask_of(packed, w), bias);
+  return forward_of(x, w, mask_of(packed, w), data_of(bias));
 }
 
 // Return whether no gradients but d_x and d_scores are wanted, which are the usual ones.
@@ -113,19 +103,16 @@ bool is_wanted(const std::vector<bool>& output_mask) {
 // Return d_x, d_weight, d_scores and d_bias, with shape (0,) for those that are not wanted.
 std::vector<Tensor> gradients(const Tensor& grad_output, const Tensor& x, const Tensor& weight, const MaskSource& mask,
                               const mft::SignSource& sign, ScalarType score_type, const std::vector<bool>& output_mask) {
-  const mft::Capability& cpu = mft::chosen_capability();
-  const Matrix w = input(weight, "weight"), grad = tokens_of(grad_output, w.rows);
+  const Matrix w = input(weight, "weight");
   std::vector<Tensor> grads(4, torch::stable::new_empty(weight, {0}));
-  if (output_mask[0]) {
-    grads[0] = empty_product(grad_output, grad.rows, w.columns);
-    mft::grad_x(cpu, flat(grads[0], w.columns, "d_x", grads[0].mutable_data_ptr()), grad, w, mask);
-  }
+  if (output_mask[0]) grads[0] = d_x_of(grad_output, w, mask);
   if (output_mask[2]) {
+    const Matrix grad = tokens_of(grad_output, "grad_output", w.rows, w.format);
     const int64_t sizes[] = {w.rows, w.columns};
     grads[2] = torch::stable::new_empty(weight, {sizes, 2}, score_type);
     const Matrix d_scores = output(grads[2], "d_scores");
     expect_writes(d_scores.data, w.rows * w.columns * mft::bytes_of(d_scores.format), grad.rows);
-    mft::grad_scores(cpu, d_scores, grad, tokens_of(x, w.columns), w, sign, false);
+    mft::grad_scores(mft::chosen_capability(), d_scores, grad, tokens_of(x, "x", w.columns, w.format), w, sign, false);
   }
   return grads;
 }
@@ -173,7 +160,8 @@ bool try_accumulate_product(Tensor out, Tensor grad_output, Tensor x) {
   if (is_asked_for() || !is_taken(type) || !is_taken(out.scalar_type()) || !is_usual(out) || out.dim() != 2) return false;
   const int64_t rows = out.size(0), columns = out.size(1);
   if (!is_tokens(grad_output, type, rows) || !is_tokens(x, type, columns) || out.numel() == 0) return false;
-  const Matrix grad = tokens_of(grad_output, rows), in = tokens_of(x, columns);
+  const Format format = format_of(x, "x");
+  const Matrix grad = tokens_of(grad_output, "grad_output", rows, format), in = tokens_of(x, "x", columns, format);
   if (grad.rows == 0 || x.dim() != grad_output.dim()) return false;
   for (int64_t d = 0; d < x.dim() - 1; ++d) {
     if (x.size(d) != grad_output.size(d)) return false;
@@ -205,10 +193,10 @@ Optional try_masked_linear_many(Tensor x, Tensor weight, std::vector<Tensor> mas
   for (int64_t i = 0; i < tasks.size(0); ++i) {
     if (task[i] < -1 || task[i] >= count) return std::nullopt;
   }
-  const Matrix in = tokens_of(x, columns);
+  const Matrix w = input(weight, "weight"), in = tokens_of(x, "x", columns, w.format);
   Tensor y = empty_product(x, in.rows, rows);
-  mft::many_masked_linear(mft::chosen_capability(), flat(y, rows, "y", y.mutable_data_ptr()), in, input(weight, "weight"),
-                          bits, task, in.rows / x.size(0), data_of(bias), way == "once");
+  mft::many_masked_linear(mft::chosen_capability(), flat(y, rows, "y", y.mutable_data_ptr()), in, w, bits, task,
+                          in.rows / x.size(0), data_of(bias), way == "once");
   return y;
 }
 

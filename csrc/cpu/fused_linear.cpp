@@ -85,7 +85,7 @@ void multiply_narrow(const Gemm& gemm, const Matrix& y, const Weight& weight, co
         }
       }
       gemm.store_transposed(at(y, 0, first), y.row_stride, sums, sum_stride, count, y.rows,
-                            bias != nullptr ? static_cast<const char*>(bias) + first * bytes_of(y.format) : nullptr);
+                            skip(bias, first, y.format));
     }
   });
 }
@@ -126,8 +126,7 @@ void multiply_few(const Gemm& gemm, const Matrix& y, const Weight& weight, const
           const int64_t row = i * apart + begin;
           gemm.store_transposed(at(y, 0, first + row), y.row_stride, sums + i * row_stride, sum_stride,
                                 std::min(turns, count - row), y.rows,
-                                bias != nullptr ? static_cast<const char*>(bias) + (first + row) * bytes_of(y.format)
-                                                : nullptr);
+                                skip(bias, first + row, y.format));
         }
       }
     }
@@ -255,7 +254,7 @@ void fused_masked_linear(const Gemm& gemm, const Matrix& y, const Matrix& x, con
         for (int64_t t = 0; t < here; t += kTileColumns) {
           gemm.store_transposed(at(y, token + t, first), y.row_stride, sums + t / kTileColumns * tiles_size, kTileColumns,
                                 count, std::min(kTileColumns, here - t),
-                                bias != nullptr ? static_cast<const char*>(bias) + first * bytes_of(y.format) : nullptr);
+                                skip(bias, first, y.format));
         }
       }
     }

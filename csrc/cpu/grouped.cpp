@@ -80,10 +80,6 @@ class Dense {
   Matrix matrix_;
 };
 
-const char* skip(const void* data, int64_t elements, Format format) {
-  return data == nullptr ? nullptr : static_cast<const char*>(data) + elements * bytes_of(format);
-}
-
 int64_t words_in(int64_t rows, int64_t columns) { return rows * ((columns + 31) / 32); }
 
 MaskSource mask_of(const ExpertMasks& all, const Experts& weight, int64_t expert) {

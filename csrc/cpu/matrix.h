@@ -25,4 +25,9 @@ struct Matrix {
   Matrix transposed() const { return {data, format, columns, rows, column_stride, row_stride}; }
 };
 
+// Returns the address of an element; nullptr if there is no data.
+inline const char* skip(const void* data, int64_t elements, Format format) {
+  return data == nullptr ? nullptr : static_cast<const char*>(data) + elements * bytes_of(format);
+}
+
 }  // namespace mft

@@ -13,7 +13,19 @@ from torch import Tensor
 
 from ... import reference
 from ...codes import Codes, Int8, Table
-from ...operands import MODES, MOST_MASKS, Experts, Keep, KeepByTask, Sums, Update, Weight
+from ...operands import (
+    MODES,
+    MOST_MASKS,
+    Experts,
+    Keep,
+    KeepByTask,
+    Sums,
+    Update,
+    Weight,
+    as_rows,
+    contiguous,
+    scores_and_signs,
+)
 from ...reference.fixed_point import selectable
 from ...reference.linear import grad_of_linear, kept_count
 from .. import built
@@ -41,8 +53,9 @@ def product(
 
 def score_grad(sums: Sums) -> None:
     """Compute d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign] without a temporary of that size."""
-    grad, x, weight, d_scores = _rows(sums.grad_output), _rows(sums.x), sums.weight, sums.d_scores
-    sign = _by_kind(_contiguous(sums.sign))
+    grad, x = as_rows(sums.grad_output).contiguous(), as_rows(sums.x).contiguous()
+    weight, d_scores = sums.weight, sums.d_scores
+    sign = scores_and_signs(contiguous(sums.sign))
     if sums.offsets is not None:
         built.cpu_ops.grouped_score_grad_(
             d_scores, grad, x, sums.offsets.contiguous(), weight, *sign, sums.accumulate, "auto"
@@ -52,7 +65,7 @@ def score_grad(sums: Sums) -> None:
         assert sums.keep is not None
         sums.d_weight.copy_(built.cpu_ops.grad_weight(grad, x, *_mask(sums.keep), sums.keep.magnitude))
     if d_scores is not None:
-        _grad_scores(d_scores, (grad, x, _contiguous(weight), *sign), accumulate=sums.accumulate)
+        _grad_scores(d_scores, (grad, x, contiguous(weight), *sign), accumulate=sums.accumulate)
 
 
 def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
@@ -150,21 +163,6 @@ def path_taken() -> tuple[str, list[str]]:
 # ---------------------------------------------------------------------------------------------- below: private
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    if x.dim() == 2:
-        return x.contiguous()
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
-
-
-def _by_kind(sign: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return (scores, signs) as the library takes them."""
-    return (None, sign) if sign is not None and sign.dtype == torch.int32 else (sign, None)
-
-
 def _mask(keep: Keep) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return (scores, threshold, packed) as the library takes them for one matrix.
 
@@ -172,7 +170,7 @@ def _mask(keep: Keep) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """
     if keep.thresholds is not None and keep.by_row and keep.source.dim() == 2:
         return None, None, pack(keep.source, keep.thresholds, keep.mode)
-    return _contiguous(keep.scores), _contiguous(keep.thresholds), _contiguous(keep.words)
+    return contiguous(keep.scores), contiguous(keep.thresholds), contiguous(keep.words)
 
 
 def _codes(weight: Codes) -> tuple[Tensor, list[Tensor]]:
@@ -187,9 +185,9 @@ def _table(weight: Codes) -> tuple[Tensor | None, int]:
 def _product_of_matrix(a: Tensor, weight: Tensor, keep: Keep, bias: Tensor | None, transposed: bool) -> Tensor:
     weight = weight.contiguous()
     if transposed:
-        d_x = _by_path("d_x", built.cpu_ops.grad_x, (_rows(a), weight, *_mask(keep), keep.magnitude), keep.source)
-        return d_x.view(*a.shape[:-1], weight.shape[1])
-    operands = (a.contiguous(), weight, *_mask(keep), _contiguous(bias), keep.magnitude)
+        given = (a.contiguous(), weight, *_mask(keep), keep.magnitude)
+        return _by_path("d_x", built.cpu_ops.grad_x, given, keep.source)
+    operands = (a.contiguous(), weight, *_mask(keep), contiguous(bias), keep.magnitude)
     return _by_path("forward", built.cpu_ops.masked_linear, operands, keep.source)
 
 
@@ -199,7 +197,7 @@ def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | N
     If there are several experts, each thread takes whole experts, so that no expert is waited for. A weight that is not
     contiguous is made so one expert at a time, and only if that expert has rows.
     """
-    mask, offsets, bias = _mask(keep), weight.offsets.contiguous(), _contiguous(bias)
+    mask, offsets, bias = _mask(keep), weight.offsets.contiguous(), contiguous(bias)
     return built.cpu_ops.grouped_product(
         a.contiguous(), weight.matrices, *mask, offsets, bias, keep.magnitude, transposed, "auto"
     )
@@ -207,11 +205,11 @@ def _product_of_experts(a: Tensor, weight: Experts, keep: Keep, bias: Tensor | N
 
 def _product_of_codes(a: Tensor, weight: Codes, keep: Keep | None, bias: Tensor | None, transposed: bool) -> Tensor:
     """Compute the product with the decoded weight, bit for bit. It is decoded in parts, where it is masked."""
-    words = None if keep is None else _contiguous(keep.words)
+    words = None if keep is None else contiguous(keep.words)
     how = *weight.shape, *_table(weight), "auto"
     if not transposed:
-        return built.cpu_ops.masked_linear_quantized(a.contiguous(), *_codes(weight), words, _contiguous(bias), *how)
-    return built.cpu_ops.grad_x_quantized(_rows(a), *_codes(weight), words, *how).view(*a.shape[:-1], weight.shape[1])
+        return built.cpu_ops.masked_linear_quantized(a.contiguous(), *_codes(weight), words, contiguous(bias), *how)
+    return built.cpu_ops.grad_x_quantized(a.contiguous(), *_codes(weight), words, *how)
 
 
 def _product_by_task(a: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -219,7 +217,7 @@ def _product_by_task(a: Tensor, weight: Tensor, keep: KeepByTask, bias: Tensor |
     if transposed:
         return _d_x_by_task(a, weight, keep)
     masks, tasks = [packed.contiguous() for packed in keep.masks], keep.tasks.to(torch.int64).contiguous()
-    y = built.cpu_ops.try_masked_linear_many(a.contiguous(), weight, masks, tasks, _contiguous(bias), "auto")
+    y = built.cpu_ops.try_masked_linear_many(a.contiguous(), weight, masks, tasks, contiguous(bias), "auto")
     return reference.product(a, weight, KeepByTask(masks, tasks), bias) if y is None else y  # None if it is empty
 
 
