@@ -211,8 +211,7 @@ inline void add_across(float out[4], const Floats v[4]) {
 
 #endif
 
-constexpr int kUnit = 2 * kLanes;      // columns
-constexpr int kUnits = kStep / kUnit;  // units in a word of the mask
+constexpr int kUnit = 2 * kLanes;  // columns
 
 // Prefetches into L2. The next rows are prefetched whatever the size of a layer: in a model, even a small weight has
 // left the caches when its turn comes. Scores are always prefetched, because they are read row by row. Without this,
@@ -224,35 +223,21 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // ------------------------------------------------------------------------------------------------ kinds of product
 
-// How dot() and sum() treat each format. kept(): a masked unit of the weight. in_order(): a unit of sums with its
-// columns in order. Element: the type of a weight. kPair: rows that sum() takes at once. kAlternates: `first` has the
-// even columns.
-struct Float32 {
-  using Element = uint32_t;
-  static constexpr Format kFormat = Format::kFloat32;
+// How dot() and sum() treat a format with elements of type E. kept(): a masked unit of the weight. in_order(): a unit of
+// sums with its columns in order. kPair: rows that sum() takes at once. kAlternates: `first` has the even columns.
+template <Format kOwn, typename E, Two (*kKept)(const E*, uint32_t), bool kEvenFirst>
+struct OneRow {
+  using Element = E;
+  static constexpr Format kFormat = kOwn;
   static constexpr int kPair = 1;
-  static constexpr bool kAlternates = false;
-  static Two kept(const Element* weight, uint32_t bits) { return kept_float32(weight, bits); }
-  static Two in_order(Two sums) { return sums; }
-};
-
-struct BFloat16 {
-  using Element = uint16_t;
-  static constexpr Format kFormat = Format::kBFloat16;
-  static constexpr int kPair = 1;
-  static constexpr bool kAlternates = true;
-  static Two kept(const Element* weight, uint32_t bits) { return kept_bfloat16(weight, bits); }
-  static Two in_order(Two sums) { return interleaved(sums); }
-};
-
-struct Float16 {
-  using Element = uint16_t;
-  static constexpr Format kFormat = Format::kFloat16;
-  static constexpr int kPair = 1;
-  static constexpr bool kAlternates = kFloat16Alternates;
-  static Two kept(const Element* weight, uint32_t bits) { return kept_float16(weight, bits); }
+  static constexpr bool kAlternates = kEvenFirst;
+  static Two kept(const Element* weight, uint32_t bits) { return kKept(weight, bits); }
   static Two in_order(Two sums) { return kAlternates ? interleaved(sums) : sums; }
 };
+
+using Float32 = OneRow<Format::kFloat32, uint32_t, kept_float32, false>;
+using BFloat16 = OneRow<Format::kBFloat16, uint16_t, kept_bfloat16, true>;
+using Float16 = OneRow<Format::kFloat16, uint16_t, kept_float16, kFloat16Alternates>;
 
 // sums[row][token] += a unit of each row times the same unit of each token.
 template <typename Kind, int kRows, int kTokens>
@@ -361,7 +346,7 @@ inline void with_kind(Format format, Use use) {
 
 // ------------------------------------------------------------------------------------------------ tokens
 
-void prepare_in_order(float* out, const void* token, Format format, int64_t length) {
+void prepare_sum(float* out, const void* token, Format format, int64_t length) {
   const int64_t padded = (length + kStep - 1) / kStep * kStep;
   if (format == BFloat16Kind::kFormat && BFloat16Kind::kPair == 2) {
     auto* pairs = reinterpret_cast<uint16_t*>(out);
@@ -373,12 +358,8 @@ void prepare_in_order(float* out, const void* token, Format format, int64_t leng
   }
 }
 
-void prepare_sum(float* out, const void* token, Format format, int64_t length) {
-  prepare_in_order(out, token, format, length);
-}
-
 void prepare_dot(float* out, const void* token, Format format, int64_t length) {
-  prepare_in_order(out, token, format, length);
+  prepare_sum(out, token, format, length);
   bool alternates = false;
   with_kind(format, [&](auto kind) { alternates = decltype(kind)::kAlternates; });
   if (!alternates) return;

@@ -119,8 +119,7 @@ void masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, cons
     const int64_t n = std::min(rows, weight.rows - r);
     const Matrix slab{scratch.get(), weight.format, n, depth, depth};
     mask_slab(cpu, slab.narrow_columns(0, weight.columns), weight, mask, r, 0);
-    const char* slab_bias = bias ? static_cast<const char*>(bias) + r * bytes_of(y.format) : nullptr;
-    torch_linear(y.narrow_columns(r, n), operand.get(), slab, slab_bias);
+    torch_linear(y.narrow_columns(r, n), operand.get(), slab, skip(bias, r, y.format));
   }
 }
 
@@ -142,8 +141,7 @@ void grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_output,
     if (bias == nullptr) {
       torch_matmul(d_x.narrow_columns(c, n), operand.get(), slab);
     } else {
-      const char* slab_bias = static_cast<const char*>(bias) + c * bytes_of(d_x.format);
-      torch_linear(d_x.narrow_columns(c, n), operand.get(), slab.transposed(), slab_bias);
+      torch_linear(d_x.narrow_columns(c, n), operand.get(), slab.transposed(), skip(bias, c, d_x.format));
     }
   }
 }

@@ -27,9 +27,6 @@ inline uint32_t biased_key(Bits bits) {
   return static_cast<Bits>(bits & kTop ? ~bits : bits | kTop);
 }
 
-template <typename Bits, bool kMagnitude>
-constexpr int kLowerBits = sizeof(Bits) == 2 ? 0 : kMagnitude ? 15 : 16;
-
 // visit(typed scores, std::integral_constant<bool, magnitude>)
 template <typename Visit>
 auto with_type(const void* scores, Format format, bool magnitude, const Visit& visit) {
@@ -41,7 +38,7 @@ auto with_type(const void* scores, Format format, bool magnitude, const Visit& v
   return magnitude ? visit(s, std::true_type{}) : visit(s, std::false_type{});
 }
 
-int lower_bit_count(Format format, bool magnitude) { return format != Format::kFloat32 ? 0 : magnitude ? 15 : 16; }
+constexpr int lower_bit_count(bool wide, bool magnitude) { return !wide ? 0 : magnitude ? 15 : 16; }
 
 // Returns the bin that holds the k-th largest. k becomes its rank within the bin.
 int64_t bin_of_rank(const Histogram& bins, int64_t& k) {
@@ -96,7 +93,7 @@ Selection::Selection(const void* scores, Format format, int64_t n, bool magnitud
   const uint32_t key = with_type(near, format, magnitude, [](auto* s, auto is_magnitude) {
     return biased_key<std::decay_t<decltype(*s)>, is_magnitude.value>(*s);
   });
-  const uint32_t bin = key >> lower_bit_count(format, magnitude);
+  const uint32_t bin = key >> lower_bit_count(true, magnitude);
   first_bin_ = bin > kNear ? bin - kNear : 0;
   near_bins_ = 2 * kNear + 1;
   most_candidates_ = n / 16 + kStep;
@@ -106,7 +103,7 @@ void Selection::count(uint32_t* bins, int64_t begin, int64_t end) {
   with_type(scores_, format_, magnitude_, [&](auto* s, auto is_magnitude) {
     using Bits = std::decay_t<decltype(*s)>;
     constexpr bool kMagnitude = is_magnitude.value;
-    constexpr int kShift = kLowerBits<Bits, kMagnitude>;
+    constexpr int kShift = lower_bit_count(sizeof(Bits) == 4, kMagnitude);
     if (near_bins_ == 0) {
       for (int64_t i = begin; i < end; ++i) ++bins[biased_key<Bits, kMagnitude>(s[i]) >> kShift];
       return;
@@ -132,7 +129,7 @@ void Selection::count(uint32_t* bins, int64_t begin, int64_t end) {
 }
 
 uint32_t Selection::lower_bits(uint32_t key, int64_t rank) const {
-  const int shift = lower_bit_count(format_, magnitude_);
+  const int shift = lower_bit_count(format_ == Format::kFloat32, magnitude_);
   const uint32_t lower = (1u << shift) - 1;
   const bool complete = static_cast<int64_t>(candidates_.size()) <= most_candidates_;
   if (is_near(key >> shift) && complete) {
@@ -159,7 +156,7 @@ uint32_t Selection::kth_largest(const Histogram& upper, int64_t k) const {
     return wide ? 0x7fc00000 : format_ == Format::kBFloat16 ? 0x7fc0 : 0x7e00;
   }
   if (k == 0) return wide ? 0x7f800000 : format_ == Format::kBFloat16 ? 0x7f80 : 0x7c00;
-  uint32_t key = static_cast<uint32_t>(bin_of_rank(upper, k)) << lower_bit_count(format_, magnitude_);
+  uint32_t key = static_cast<uint32_t>(bin_of_rank(upper, k)) << lower_bit_count(wide, magnitude_);
   if (wide) key += lower_bits(key, k);
   if (magnitude_) return key;
   const uint32_t top = 1u << (8 * bytes_of(format_) - 1), mask = wide ? ~0u : 0xffffu;
