@@ -90,38 +90,28 @@ def _selection(call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return threshold, words, signs, words.new_empty((), dtype=torch.int64)
 
 
-_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor)"
+def _define_with_gradients(product: str, gradients: str) -> None:
+    _define(f"{product} -> Tensor", _product)
+    _define(f"{gradients} -> (Tensor, Tensor, Tensor, Tensor)", _gradients)
+
 
 # ---------------------------------------------------------------------------------------------- one matrix
 
-_define(
-    "masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor threshold, Tensor? bias, "
-    "str mode, str backend) -> Tensor",
-    _product,
+_define_with_gradients(
+    "masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor threshold, Tensor? bias, str mode, str backend)",
+    "masked_linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, Tensor threshold, str mode, "
+    "bool[4] output_mask, str backend)",
 )
-_define(
-    "masked_linear_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, Tensor threshold, "
-    f"str mode, bool[4] output_mask, str backend) -> {_GRADIENTS}",
-    _gradients,
-)
-_define(
-    "masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias, str backend) -> Tensor",
-    _product,
-)
-_define(
+_define_with_gradients(
+    "masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Tensor? bias, str backend)",
     "masked_linear_packed_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor packed, Tensor? scores, "
-    f"Tensor? signs, str mode, bool[4] output_mask, str backend) -> {_GRADIENTS}",
-    _gradients,
+    "Tensor? signs, str mode, bool[4] output_mask, str backend)",
 )
-_define(
-    "masked_linear_by_ratio(Tensor x, Tensor weight, Tensor scores, Tensor? bias, float keep_ratio, "
-    "float? threshold, str mode, str backend) -> Tensor",
-    _product,
-)
-_define(
+_define_with_gradients(
+    "masked_linear_by_ratio(Tensor x, Tensor weight, Tensor scores, Tensor? bias, float keep_ratio, float? threshold, "
+    "str mode, str backend)",
     "masked_linear_by_ratio_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, float keep_ratio, "
-    f"float? threshold, str mode, bool[4] output_mask, str backend) -> {_GRADIENTS}",
-    _gradients,
+    "float? threshold, str mode, bool[4] output_mask, str backend)",
 )
 _define(
     "masked_linear_many(Tensor x, Tensor weight, Tensor[] masks, Tensor tasks, Tensor? bias, str backend) -> Tensor",
@@ -157,36 +147,23 @@ _define(
 
 # ---------------------------------------------------------------------------------------------- experts
 
-_define(
+_define_with_gradients(
     "masked_linear_grouped(Tensor x, Tensor weight, Tensor scores, Tensor threshold, Tensor offsets, Tensor? bias, "
-    "bool transposed, str mode, str backend) -> Tensor",
-    _product,
-)
-_define(
+    "bool transposed, str mode, str backend)",
     "masked_linear_grouped_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, Tensor threshold, "
-    f"Tensor offsets, bool transposed, str mode, bool[4] output_mask, str backend) -> {_GRADIENTS}",
-    _gradients,
+    "Tensor offsets, bool transposed, str mode, bool[4] output_mask, str backend)",
 )
-_define(
+_define_with_gradients(
     "masked_linear_grouped_packed(Tensor x, Tensor weight, Tensor packed, Tensor offsets, Tensor? bias, "
-    "bool transposed, str backend) -> Tensor",
-    _product,
-)
-_define(
+    "bool transposed, str backend)",
     "masked_linear_grouped_packed_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor packed, Tensor? scores, "
-    f"Tensor? signs, Tensor offsets, bool transposed, str mode, bool[4] output_mask, str backend) -> {_GRADIENTS}",
-    _gradients,
+    "Tensor? signs, Tensor offsets, bool transposed, str mode, bool[4] output_mask, str backend)",
 )
-_define(
+_define_with_gradients(
     "masked_linear_grouped_by_ratio(Tensor x, Tensor weight, Tensor scores, Tensor offsets, Tensor? bias, "
-    "float keep_ratio, float? threshold, bool transposed, str mode, str backend) -> Tensor",
-    _product,
-)
-_define(
+    "float keep_ratio, float? threshold, bool transposed, str mode, str backend)",
     "masked_linear_grouped_by_ratio_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, "
-    "Tensor offsets, float keep_ratio, float? threshold, bool transposed, str mode, bool[4] output_mask, str backend) "
-    f"-> {_GRADIENTS}",
-    _gradients,
+    "Tensor offsets, float keep_ratio, float? threshold, bool transposed, str mode, bool[4] output_mask, str backend)",
 )
 _define(
     "accumulate_score_grad_grouped(Tensor(a!) out, Tensor grad_output, Tensor x, Tensor offsets, Tensor? weight, "
