@@ -91,21 +91,12 @@ MaskSource mask_of(const ExpertMasks& all, const Experts& weight, int64_t expert
           all.ranges[expert], weight.columns};
 }
 
-// Returns the mask of the part of a matrix that begins at this row and column.
-MaskSource narrowed(const MaskSource& mask, int64_t row, int64_t column) {
-  MaskSource part = mask;
-  const MaskRow first = mask.row(row, column);
-  part.scores = first.scores;
-  part.words = first.words;
-  return part;
-}
-
-SignSource narrowed(const SignSource& sign, int64_t row) {
-  SignSource part = sign;
-  const SignRow first = sign.row(row);
-  part.scores = first.scores;
-  part.words = first.words;
-  return part;
+// Returns the mask or sign of the part of a matrix that begins at this row and column.
+template <typename Source, typename... Place>
+Source narrowed(Source source, Place... place) {
+  const auto first = source.row(place...);
+  source.scores = first.scores, source.words = first.words;
+  return source;
 }
 
 Path served(const Capability& cpu, const Call& call, Path asked) {

@@ -105,12 +105,10 @@ def _product(x: Tensor, weight: Weight, packed: Tensor, bias: Tensor | None, *ex
 
 
 def _d_x(grad_output: Tensor, x: Tensor, weight: Weight, packed: Tensor, *experts) -> Tensor:
-    gradients, wanted = (
-        GROUPED_PACKED_BACKWARD if experts else MASKED_LINEAR_PACKED_BACKWARD,
-        [True, False, False, False],
-    )
     if not experts and isinstance(weight, QuantizedMatrix):
         return weight.masked_d_x(grad_output, packed)
+    gradients = GROUPED_PACKED_BACKWARD if experts else MASKED_LINEAR_PACKED_BACKWARD
+    wanted = [True, False, False, False]
     return gradients(grad_output, x, _dense(weight), packed, None, None, *experts, "value", wanted, "auto")[0]
 
 
