@@ -25,7 +25,7 @@ from ...reference.linear import kept_count
 from ...reference.step import BLOCK, CHUNK, MEAN_BIAS, MEAN_CODES, SQUARE_BIAS, SQUARE_CODES
 from .bits import pack_mask
 from .launch import launch
-from .select import INFINITY, many_bins, select
+from .select import INFINITY, keys_of, many_bins, select
 from .target import Target, target_of
 
 # Four elements per thread: 16 bytes of fp32, 8 and 4 bytes of the other dtypes, and whole lines of 128 bytes per warp.
@@ -224,26 +224,20 @@ def _encode(values, inside, bits, BIAS: tl.constexpr, CODES: tl.constexpr):
 
 
 @triton.jit
-def _keys(words, MODE: tl.constexpr):
-    """Return int32 keys that order as 16-bit scores, or their magnitudes, do; as select._keys."""
-    bits = words.to(tl.int32) & 0xFFFF
-    if MODE == "magnitude":
-        keys = bits & 0x7FFF
-    else:
-        keys = tl.where((bits & 0x8000) != 0, bits ^ 0xFFFF, bits | 0x8000)
-    return keys
+def _keys_of_16_bits(words, MODE: tl.constexpr):
+    return keys_of(words.to(tl.uint16, bitcast=True), MODE, 0x8000).to(tl.int32)
 
 
 @triton.jit
 def _window_start(hint, MODE: tl.constexpr, WINDOW: tl.constexpr):
     """Return the lowest key of the window. The old threshold lies in its middle."""
-    return tl.maximum(_keys(tl.load(hint), MODE) - WINDOW // 2, 0)
+    return tl.maximum(_keys_of_16_bits(tl.load(hint), MODE) - WINDOW // 2, 0)
 
 
 @triton.jit
 def _place(words, inside, start, MODE: tl.constexpr, INFINITY: tl.constexpr, WINDOW: tl.constexpr):
     """Return each key's place: its bin, 0 .. WINDOW - 1; -1 below the window; WINDOW above; WINDOW + 1 not finite."""
-    place = tl.minimum(tl.maximum(_keys(words, MODE) - start, -1), WINDOW)
+    place = tl.minimum(tl.maximum(_keys_of_16_bits(words, MODE) - start, -1), WINDOW)
     place = tl.where((words.to(tl.int32) & 0x7FFF) >= INFINITY, WINDOW + 1, place)
     if inside is not None:
         place = tl.where(inside, place, -1)

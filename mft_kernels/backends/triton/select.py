@@ -139,7 +139,7 @@ def _kth_largest(
 
 
 @triton.jit
-def _keys(bits, MODE: tl.constexpr, SIGN: tl.constexpr):
+def keys_of(bits, MODE: tl.constexpr, SIGN: tl.constexpr):
     """Return uint32 keys that order as the scores of these bits, or their magnitudes, do.
 
     By value, -0.0 is right below +0.0.
@@ -170,7 +170,7 @@ def _count(
     MODE: tl.constexpr, SIGN: tl.constexpr, PASS: tl.constexpr, SHIFT: tl.constexpr, DIGIT: tl.constexpr,
 ):  # fmt: skip
     """Return the histogram of a digit over the keys that begin with ``found``; ``inside`` is None or masks the load."""
-    keys = _keys(tl.load(bits, mask=inside), MODE, SIGN)
+    keys = keys_of(tl.load(bits, mask=inside), MODE, SIGN)
     digits = ((keys >> SHIFT) & ((1 << DIGIT) - 1)).to(tl.int32)
     if PASS > 0:
         begins = (keys >> (SHIFT + DIGIT)) == found
