@@ -32,20 +32,6 @@ int64_t bytes_read(const Weight& weight, const MaskSource& mask) {
   return weight.rows * weight.columns * each;
 }
 
-// A call with its own memory for kDotRows decoded parts of rows.
-class WithRoom {
- public:
-  WithRoom(const FewTokens& call, const Weight& weight, int64_t columns)
-      : memory_(weight.room(kDotRows * columns)), call_(call) {
-    call_.room = static_cast<char*>(memory_.get());
-  }
-  const FewTokens& get() const { return call_; }
-
- private:
-  Scratch memory_;
-  FewTokens call_;
-};
-
 }  // namespace
 
 FewTokens few_tokens(const Matrix& out, const Weight& weight, const MaskSource& mask, const void* bias,
@@ -65,8 +51,10 @@ void few_masked_linear(const Capability& cpu, const Matrix& y, const Matrix& x, 
     const Prepared tokens(x.narrow_rows(t, count), cpu.few->prepare_dot);
     const FewTokens call = few_tokens(y.narrow_rows(t, count), weight, mask, bias, tokens.get(), count);
     for_few_spans(part, kDotRows, few_work(bytes_read(weight, mask), count), [&](int64_t first, int64_t end) {
-      const Scratch scratch(words * sizeof(uint32_t));
-      cpu.few->dot(WithRoom(call, weight, weight.columns).get(), first, end, static_cast<uint32_t*>(scratch.get()));
+      const Scratch scratch(words * sizeof(uint32_t)), decoded(weight.room(kDotRows * weight.columns));
+      FewTokens own = call;
+      own.room = static_cast<char*>(decoded.get());
+      cpu.few->dot(own, first, end, static_cast<uint32_t*>(scratch.get()));
     });
   }
 }
@@ -79,8 +67,10 @@ void few_grad_x(const Capability& cpu, const Matrix& d_x, const Matrix& grad_out
     const FewTokens call = few_tokens(d_x.narrow_rows(t, count), weight, mask, bias, tokens.get(), count);
     for_few_spans(part, 64, few_work(bytes_read(weight, mask), count), [&](int64_t first, int64_t end) {
       const int64_t strip = few_strip_columns(call.format, count);
-      const Scratch scratch(count * (strip + 16) * sizeof(float));
-      cpu.few->sum(WithRoom(call, weight, strip).get(), first, end, static_cast<float*>(scratch.get()));
+      const Scratch scratch(count * (strip + 16) * sizeof(float)), decoded(weight.room(kDotRows * strip));
+      FewTokens own = call;
+      own.room = static_cast<char*>(decoded.get());
+      cpu.few->sum(own, first, end, static_cast<float*>(scratch.get()));
     });
   }
 }
