@@ -82,7 +82,12 @@ def backend_of(competitor: str) -> str:
     return competitor.partition(",")[0]
 
 
+def serving(names: Iterable[str] | None = None) -> list[str]:
+    """Return the backends, of those named or of all, that can run a product on this machine's CPU."""
+    known = backend_report()["backends"] if names is None else names
+    return [name for name in known if registered(name).refusal("product", CPU, ()) is None]
+
+
 def own_backend() -> str:
     """Return this package's backend that "auto" tries first on the CPU."""
-    found = (registered(name) for name in PREFERENCE)
-    return next(b.name for b in found if b.on_request is None and b.refusal("product", CPU, ()) is None)
+    return next(name for name in serving(PREFERENCE) if registered(name).on_request is None)
