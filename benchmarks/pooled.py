@@ -31,8 +31,12 @@ def answer(question: str, folder: Path, threads: int, together: Callable[[Sequen
             subprocess.run([*command, question], cwd=ROOT, check=True)
             records.append(read_records(Path(scratch), instruction_set())[question])
     record = {**together(records), "processes": PROCESSES}
-    findings = [Finding(**{**f, "measured": Spread(**f["measured"])}) for f in map(_without_met, record["findings"])]
-    return write_record(question, record["title"], findings, folder, **_details(record))
+    findings = [
+        Finding(found["quantity"], Spread(**found["measured"]), found["unit"], found["rule"], found["bound"])
+        for found in record["findings"]
+    ]
+    details = {key: record[key] for key in record if key not in ("question", "title", "environment", "findings")}
+    return write_record(question, record["title"], findings, folder, **details)
 
 
 def pooled(values: Sequence[Any], name: str = "") -> Any:
@@ -56,20 +60,8 @@ def pooled(values: Sequence[Any], name: str = "") -> Any:
         return [pooled(entries) for entries in zip(*values)]
     if name == "rounds":
         return sum(values)
-    if isinstance(first, bool) or not isinstance(first, int | float):
-        return first if name == "met" else _agreed(values, name)
-    return statistics.median(values)
-
-
-def _agreed(values: Sequence[Any], name: str) -> Any:
-    if any(value != values[0] for value in values):
+    if isinstance(first, int | float) and not isinstance(first, bool):
+        return statistics.median(values)
+    if name != "met" and any(value != first for value in values):
         raise ValueError(f"every process must give the same {name}, got {', '.join(map(str, values))}")
-    return values[0]
-
-
-def _without_met(finding: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in finding.items() if key != "met"}
-
-
-def _details(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: record[key] for key in record if key not in ("question", "title", "environment", "findings")}
+    return first

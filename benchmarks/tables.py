@@ -33,6 +33,8 @@ ONCE = {
 #: Records of one question, by machine.
 Records = Mapping[str, Record]
 Table = Callable[[Records], str]
+#: Cells by the head of their column and the name of their row.
+Columns = dict[str, dict[str, str]]
 
 
 def step_table(records: Records) -> str:
@@ -51,12 +53,12 @@ def step_table(records: Records) -> str:
 
 def once_table(records: Records) -> str:
     """Return from `ops` the work on 4096 x 4096 scores once per step, in ms; one column per machine."""
-    columns = []
+    columns = {}
     for record in records.values():
         own = [case for case in record["cases"] if not case["m"] and (case["n"], case["k"]) == SQUARE]
-        columns.append({(case["op"], case["competitor"]): case["ms"]["median"] for case in own})
-    rows = [[label, *(_three(column.get(key)) for column in columns)] for key, label in ONCE.items()]
-    return markdown(["ms", *map(machine, records.values())], rows)
+        known = {(case["op"], case["competitor"]): case["ms"]["median"] for case in own}
+        columns[machine(record)] = {label: _three(known[key]) for key, label in ONCE.items() if key in known}
+    return side_by_side("ms", columns, ONCE.values())
 
 
 def train_step_table(records: Records) -> str:
@@ -76,61 +78,57 @@ def train_step_table(records: Records) -> str:
 
 def memory_table(records: Records) -> str:
     """Return from `memory` the % of the weight's bytes beyond the gradients; one column per machine."""
-    columns = [{f["quantity"]: f["measured"]["median"] for f in r["findings"]} for r in records.values()]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = [[name, *(f"{column[name]:.0f}" if name in column else "" for column in columns)] for name in names]
-    return markdown(["% of the weight", *map(machine, records.values())], rows)
+    columns = {
+        machine(record): {found["quantity"]: f"{found['measured']['median']:.0f}" for found in record["findings"]}
+        for record in records.values()
+    }
+    return side_by_side("% of the weight", columns)
 
 
 def cpu_table(records: Records) -> str:
     """Return from `cpu` the times in units of dense, with the goal in brackets; one group of columns per machine."""
-    names = list(dict.fromkeys(case_name(case) for r in records.values() for case in r["cases"]))
-    competitors = {name: _competitors(record) for name, record in records.items()}
-    columns = {
-        (name, own): {case_name(c): c for c in records[name]["cases"] if c["competitor"] == own}
-        for name in records
-        for own in competitors[name]
-    }
-    rows = [[place, *(_measured_and_asked(column.get(place)) for column in columns.values())] for place in names]
-    heads = [f"{machine(records[name])}: {own}" for name, own in columns]
-    return markdown(["times dense (asked)", *heads], rows)
+    columns: Columns = {}
+    for record in records.values():
+        for case in record["cases"]:
+            if case["competitor"] != "dense":
+                shown = _beside_target(_ratio, case["ratio"]["median"], case["target"], ".2f")
+                columns.setdefault(f"{machine(record)}: {case['competitor']}", {})[case_name(case)] = shown
+    return side_by_side("times dense (asked)", columns)
 
 
 def shares_table(records: Records) -> str:
     """Return from `cpu` the % of the machine's ceilings that ours and dense reach; one group of columns per machine."""
-    names = list(dict.fromkeys(case_name(c) for r in records.values() for c in r["cases"]))
-    competitors = ("dense", "ours, from scores", "ours, held mask")
-    columns = [{(case_name(c), c["competitor"]): c["share"] for c in r["cases"]} for r in records.values()]
-    rows = [[name, *(_percent(column.get((name, own))) for column in columns for own in competitors)] for name in names]
-    heads = [f"{machine(r)}: {own}" for r in records.values() for own in competitors]
-    return markdown(["% of the ceiling", *heads], rows)
+    columns = {
+        f"{machine(record)}: {own}": {
+            case_name(case): f"{100 * case['share']:.0f}" for case in record["cases"] if case["competitor"] == own
+        }
+        for record in records.values()
+        for own in ("dense", "ours, from scores", "ours, held mask")
+    }
+    return side_by_side("% of the ceiling", columns)
 
 
 def generate_table(records: Records) -> str:
     """Return from `generate` tokens/s; one column per machine and dtype."""
-    columns = {
-        (name, dtype): {row["competitor"]: row for row in r["competitors"] if row["dtype"] == dtype}
-        for name, r in records.items()
-        for dtype in dict.fromkeys(row["dtype"] for row in r["competitors"])
-    }
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    rows = [[name, *(f"{c[name]['tokens_per_s']['median']:.3g}" for c in columns.values())] for name in names]
-    return markdown(["tokens/s", *(f"{machine(records[name])}, {dtype}" for name, dtype in columns)], rows)
+    columns: Columns = {}
+    for record in records.values():
+        for row in record["competitors"]:
+            column = columns.setdefault(f"{machine(record)}, {row['dtype']}", {})
+            column[row["competitor"]] = f"{row['tokens_per_s']['median']:.3g}"
+    return side_by_side("tokens/s", columns)
 
 
 def launch_table(records: Records) -> str:
     """Return from `launch` us per call of nn.Linear, and our difference from it; one column per machine and dtype."""
-    columns: dict[tuple[str, str], dict[str, str]] = {}
-    for name, record in records.items():
+    columns: Columns = {}
+    for record in records.values():
         for row in record["calls"]:
             label, shown = f"{row['situation']}: {row['competitor']}", _three(row["us"]["median"])
             if row["above"] is not None:
-                label, shown = f"{label} - nn.Linear", _beside_asked(row["above"]["median"], row["target"])
-            columns.setdefault((name, row["dtype"]), {})[label] = shown
-    labels = dict.fromkeys(label for column in columns.values() for label in column)
-    heads = [f"{machine(records[name])}, {dtype}" for name, dtype in columns]
-    rows = [[label, *(column.get(label, "") for column in columns.values())] for label in labels]
-    return markdown(["us (asked)", *heads], rows)
+                shown = _beside_target(_three, row["above"]["median"], row["target"], "g")
+                label = f"{label} - nn.Linear"
+            columns.setdefault(f"{machine(record)}, {row['dtype']}", {})[label] = shown
+    return side_by_side("us (asked)", columns)
 
 
 def _by_machine(tables: Callable[[Record], list[str]]) -> Table:
@@ -231,6 +229,12 @@ def case_name(case: Record) -> str:
     return f"{case['op']}, {case['dtype']}, {case['n']} x {case['k']}, M = {case['m']}{thread}"
 
 
+def side_by_side(corner: str, columns: Columns, names: Iterable[str] | None = None) -> str:
+    """Return a table of columns by head; its rows have these names, or those that the columns have, in their order."""
+    names = dict.fromkeys(name for column in columns.values() for name in column) if names is None else names
+    return markdown([corner, *columns], [[name, *(own.get(name, "") for own in columns.values())] for name in names])
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table; the first column is left-aligned, the others right-aligned."""
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
@@ -286,30 +290,14 @@ def _loss_and_difference(row: Record) -> str:
     return f"{shown} ({row['difference']:+.4f} ± {row['error']:.4f})" if row["difference"] else shown
 
 
-def _competitors(record: Record) -> list[str]:
-    return [name for name in dict.fromkeys(case["competitor"] for case in record["cases"]) if name != "dense"]
+def _beside_target(shown: Callable[[float], str], value: float, target: float | None, form: str) -> str:
+    """Return the cell of a value with its target, bold if it was missed."""
+    if target is None:
+        return shown(value)
+    return f"{shown(value)} ({target:{form}})" if value <= target else f"**{shown(value)}** ({target:{form}})"
 
 
-def _measured_and_asked(case: Record | None) -> str:
-    """Return the cell, bold if the goal was missed."""
-    if case is None:
-        return ""
-    shown, asked = _ratio(case["ratio"]["median"]), case["target"]
-    if asked is None:
-        return shown
-    return f"{shown} ({asked:.2f})" if case["ratio"]["median"] <= asked else f"**{shown}** ({asked:.2f})"
-
-
-def _beside_asked(us: float, asked: float | None) -> str:
-    """Return the cell, bold if the goal was missed."""
-    if asked is None:
-        return _three(us)
-    return f"{_three(us)} ({asked:g})" if us <= asked else f"**{_three(us)}** ({asked:g})"
-
-
-def _three(value: float | None) -> str:
-    if value is None:
-        return ""
+def _three(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
@@ -317,10 +305,6 @@ def _ratio(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.2f}" if value < 10 else f"{value:.3g}"
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f}"
 
 
 if __name__ == "__main__":
