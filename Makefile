@@ -242,7 +242,7 @@ bench: dev
 # Fails if a ratio of ours has become worse: make bench-compare REF=main, or REF=a/folder/of/results.
 bench-compare: dev
 	test -n "$(REF)" || { echo "REF must be a git ref or a folder of results: make bench-compare REF=HEAD~1"; exit 2; }
-	$(BIN)/python -m benchmarks.compare "$(REF)" $(if $(QUICK),--quick) $(if $(WHAT),--what $(WHAT)) $(if $(NOW),--now $(NOW))
+	$(BIN)/python -m benchmarks.compare "$(REF)" $(if $(QUICK),--quick) $(if $(WHAT),--what $(WHAT))
 
 # Of each stored result: whether the code that makes it has changed since, and the command that makes it again.
 # make results WHAT=small lists the files that changed.

@@ -1,8 +1,7 @@
-"""Check if the code became slower: python -m benchmarks.compare REF [--what ops ...] [--now FOLDER] [--quick]
+"""Check if the code became slower: python -m benchmarks.compare REF [--what ops ...] [--quick]
 
-REF is a folder of results, or a git ref whose benchmarks/results are read. The questions are answered now, unless
---now names a folder of results. Only answers of the same instruction set are compared: this machine's, or those in
---now.
+REF is a folder of results, or a git ref whose benchmarks/results are read. The questions are answered now, and compared
+with REF's answers of this machine's instruction set.
 
 The compared quantities are ratios of ours to another competitor within a run, because a busy machine changes times but
 hardly ratios. A ratio is suspect if its spread lies above REF's and its median is worse by more than 5 %. Among
@@ -24,10 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .harness import Spread, environment, instruction_set, print_aligned, threads_of
-from .records import RESULTS, ROOT, Record, by_question, instruction_sets, is_record, read_all, read_records
+from .records import RESULTS, ROOT, Record, by_question, question_of, read_all, read_records
 
 WORSE = 1.05  # times the median of REF, at most
 REMEDY = "Measure REF here: python -m benchmarks --out FOLDER in a checkout of it; then compare with FOLDER."
+_EMPTY: Record = {"findings": ()}
 SAME = ("device", "threads", "backend", "torch_instruction_set", "torch")  # any of these can change the numbers
 
 
@@ -112,7 +112,7 @@ def read_ref(ref: str) -> list[tuple[str, Record]]:
     listed = _git("ls-tree", "--name-only", ref, f"{place}/")
     if listed is None:
         raise ValueError(f"REF must be a folder of results or a git ref, got {ref!r}")
-    paths = [path for path in listed.splitlines() if is_record(Path(path).name)]
+    paths = [path for path in listed.splitlines() if question_of(Path(path).name)]
     return [(Path(path).name, json.loads(_git("show", f"{ref}:{path}") or "")) for path in paths]
 
 
@@ -154,27 +154,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.split("\n")[0])
     parser.add_argument("ref", metavar="REF", help="a git ref, or a folder of results")
     parser.add_argument("--what", nargs="+", default=[], help="questions; default: all for which REF has ratios")
-    parser.add_argument("--now", type=Path, help="a folder of results already measured")
     parser.add_argument("--quick", action="store_true", help="measure few cases")
     asked = parser.parse_args()
     try:
         ref = read_ref(asked.ref)
     except ValueError as error:
         parser.error(str(error))
-    told = read_all(asked.now) if asked.now else []
-    sets = instruction_sets(told) if asked.now else [instruction_set()]
-    alike = [name for name in sets if name in instruction_sets(ref)]
-    if not alike:
+    before = by_question(ref, instruction_set())
+    questions = [question for question in asked.what or before if ratios(before.get(question, _EMPTY))]
+    if not questions:
+        asked_for = ", ".join(asked.what) or "any question"
         parser.error(
-            f"REF must hold results of an instruction set that is compared, {' and '.join(sets) or 'none'}, "
-            f"{asked.ref} has those of {' and '.join(instruction_sets(ref)) or 'none'}: the rest is another machine's. "
-            + REMEDY
+            f"REF must hold ratios of ours on {instruction_set()}, {asked.ref} has none of {asked_for}. {REMEDY}"
         )
-    failed = undecided = False
-    for name in alike:
-        now = by_question(told, name) if asked.now else None
-        worse, unsure = _judge(by_question(ref, name), now, asked, parser)
-        failed, undecided = failed or worse, undecided or unsure
+    unknown = [question for question in asked.what if question not in before]
+    for question in unknown:
+        print(f"{question}: REF has no results")
+    failed, undecided = _judge(before, questions, quick=asked.quick)
+    failed |= bool(unknown)
     if undecided:
         print(f"\nno verdict on another machine: whether the code became slower cannot be told. {REMEDY}")
     if failed or not undecided:
@@ -182,32 +179,13 @@ def main() -> None:
     sys.exit(1 if failed else 2 if undecided else 0)
 
 
-def _judge(
-    before: Mapping[str, Record],
-    told: Mapping[str, Record] | None,
-    asked: argparse.Namespace,
-    parser: argparse.ArgumentParser,
-) -> tuple[bool, bool]:
-    """Return (something is worse or missing, nothing can be concluded) for the answers of one instruction set.
-
-    ``told`` is compared with ``before``; if it is None, the questions are measured now.
-    """
-    unknown = [question for question in asked.what if question not in before]
-    questions = [q for q in asked.what or before if q in before and ratios(before[q])]
-    if not questions:
-        parser.error(f"REF must hold ratios of ours, {asked.ref} has none of {', '.join(asked.what) or 'any question'}")
-    if told is None:
-        _warn({q: before[q] for q in questions})
-    now, again = (told, {}) if told is not None else measure(before, questions, quick=asked.quick)
-    failed, undecided = bool(unknown), False
-    for question in unknown:
-        print(f"{question}: REF has no results")
+def _judge(before: Mapping[str, Record], questions: list[str], *, quick: bool) -> tuple[bool, bool]:
+    """Measure; return (a ratio is worse or missing, nothing can be concluded)."""
+    _warn({question: before[question] for question in questions})
+    now, again = measure(before, questions, quick=quick)
+    failed = undecided = False
     for question in questions:
-        if question not in now:
-            print(f"\n{question}: MISSING, not measured now")
-            failed = True
-            continue
-        changes = compare(before[question], now[question], again.get(question), partial=asked.quick)
+        changes = compare(before[question], now[question], again.get(question), partial=quick)
         show(question, before[question], now[question], changes)
         failed |= any(change.verdict in ("REGRESSION", "MISSING") for change in changes)
         undecided |= not all(change.alike for change in changes)

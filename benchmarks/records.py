@@ -42,35 +42,24 @@ def by_question(records: Iterable[tuple[str, Record]], instruction_set: str) -> 
     """Select from (file name, record) pairs those of one instruction set and those that need none, by question."""
     found = {}
     for name, record in records:
-        question, parts = question_of(name), _NAME.fullmatch(name)
-        if question is None or parts is None:
+        if (parts := _NAME.fullmatch(name)) is None:
             continue
+        question = parts["question"] or "cpu"
         own = parts["instruction_set"] or ("" if question in ON_ANY else instruction_set_of(record))
         if own in ("", instruction_set):
             found[question] = record
     return found
 
 
-def is_record(name: str) -> bool:
-    """Whether a file's name is that of an answer on a CPU."""
-    return question_of(name) is not None
-
-
 def read_all(folder: Path) -> list[tuple[str, Record]]:
     """Return (file name, record) of every answer on a CPU in a folder."""
-    paths = sorted(path for path in folder.glob("*.json") if is_record(path.name))
+    paths = sorted(path for path in folder.glob("*.json") if question_of(path.name))
     return [(path.name, json.loads(path.read_text())) for path in paths]
 
 
 def read_records(folder: Path, instruction_set: str) -> dict[str, Record]:
     """Return by_question of a folder."""
     return by_question(read_all(folder), instruction_set)
-
-
-def instruction_sets(records: Iterable[tuple[str, Record]]) -> list[str]:
-    """Return the instruction sets of the records, best first, then others by name."""
-    found = {instruction_set_of(record) for name, record in records if not by_question([(name, record)], "")}
-    return sorted(found, key=_rank)
 
 
 def by_machine(folder: Path, question: str) -> dict[str, Record]:

@@ -11,7 +11,7 @@ from benchmarks.compare import ratios
 from benchmarks.cpu_targets import TARGETS
 from benchmarks.layer_competitors import FROM_SCORES, HELD
 from benchmarks.pooled import pooled
-from benchmarks.records import ON_ANY, RESULTS, by_machine, by_question, file_name, instruction_sets, read_all
+from benchmarks.records import ON_ANY, RESULTS, by_machine, by_question, file_name, read_all
 from benchmarks.tables import cpu_table, experts_table, generate_table, launch_table, show
 from mft.memory.shapes import known_config
 
@@ -55,7 +55,6 @@ def test_answers_are_found_by_question_and_by_machine(tmp_path):
     assert set(by_question(records, "amx")) == {"ops", "memory_cards"}
     assert set(by_question(records, "avx512")) == {"cpu", "memory_cards"}
     assert set(by_question(records, "avx512_bf16")) == {"scaling", "memory_cards"}
-    assert instruction_sets(records) == ["amx", "avx512_bf16", "avx512", "avx2"]
     assert list(by_machine(tmp_path, "ops")) == ["amx", "avx2"]
     assert list(by_machine(tmp_path, "cpu")) == ["avx512"]
     assert by_machine(tmp_path, "train_step") == {}
