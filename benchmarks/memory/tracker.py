@@ -1,4 +1,4 @@
-"""Peak memory without a GPU: follows every storage from its creation until it is freed, by kind, on device and host.
+"""Peak memory without a GPU: follows every storage from its creation until it is freed, on device and host.
 
 Works on real CPU tensors and under FakeTensorMode, where no storage is ever filled: LLaMA2-7B is simulated in a few
 hundred megabytes. Not seen: fragmentation, and what an operator allocates and frees inside its own C++ or CUDA code.
@@ -7,7 +7,6 @@ Sizes are rounded up as CUDA's caching allocator rounds them.
 
 import contextlib
 import weakref
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,35 +15,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 BLOCK = 512  # bytes: CUDA's caching allocator allocates multiples of it
-OTHER = "other"
 
 
 class _Place:
-    """The contents of one memory now, and at its peak."""
+    """The bytes in one memory now, and at its peak."""
 
     def __init__(self) -> None:
-        self.current: Counter[str] = Counter()
         self.total = self.peak = 0
-        self.breakdown: dict[str, int] = {}
-        self.phase = ""
 
-    def add(self, kind: str, nbytes: int, phase: str) -> None:
-        self.current[kind] += nbytes
+    def add(self, nbytes: int) -> None:
         self.total += nbytes
-        if self.total > self.peak:
-            self.peak, self.phase = self.total, phase
-            self.breakdown = {name: size for name, size in self.current.items() if size}
+        self.peak = max(self.peak, self.total)
 
 
 class MemoryTracker(TorchDispatchMode):
     """Follows the storages that operators make while it is active, or that track() adds.
 
         with FakeTensorMode(), MemoryTracker() as tracker:  # it has to be entered after a FakeTensorMode
-            with tracker.kind("weights"):
-                model = build()
-            with tracker.phase("forward"):
-                loss = model(x)
-        tracker.device_peak, tracker.device_breakdown, tracker.device_phase
+            build()(x)
+        tracker.device_peak
 
     A view adds nothing. An in-place operator adds nothing unless it enlarges its storage. Sizes are bytes.
     """
@@ -52,8 +41,8 @@ class MemoryTracker(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._places = {"device": _Place(), "host": _Place()}
-        self._alive: dict[int, tuple[str, str, int]] = {}  # id of a storage -> (place, kind, rounded bytes)
-        self._kind, self._place, self._phase = OTHER, "device", ""
+        self._alive: dict[int, tuple[str, int]] = {}  # id of a storage -> (place, rounded bytes)
+        self._place = "device"  # of what is made
 
     @property
     def device_peak(self) -> int:
@@ -64,35 +53,18 @@ class MemoryTracker(TorchDispatchMode):
         return self._places["host"].peak
 
     @property
-    def device_breakdown(self) -> dict[str, int]:
-        """Bytes by kind at the device's peak."""
-        return self._places["device"].breakdown
-
-    @property
-    def device_phase(self) -> str:
-        """The phase of the device's peak."""
-        return self._places["device"].phase
-
-    @property
     def device_bytes(self) -> int:
         """Bytes on the device now."""
         return self._places["device"].total
 
-    @property
-    def host_bytes(self) -> int:
-        return self._places["host"].total
-
-    def kind(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Give this kind to what is made inside the context."""
-        return self._set("_kind", name)
-
-    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """Report a peak inside the context as this phase's."""
-        return self._set("_phase", name)
-
-    def host(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def host(self) -> Iterator[None]:
         """Count what is made inside the context as on the host."""
-        return self._set("_place", "host")
+        before, self._place = self._place, "host"
+        try:
+            yield
+        finally:
+            self._place = before
 
     def mark_host(self, tensor: Tensor) -> None:
         """Count the tensor's storage as on the host from now on."""
@@ -112,8 +84,7 @@ class MemoryTracker(TorchDispatchMode):
     def reset_peaks(self) -> None:
         """Forget the peaks, as torch.cuda.reset_peak_memory_stats does."""
         for place in self._places.values():
-            place.peak = 0
-            place.add(OTHER, 0, self._phase)
+            place.peak = place.total
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -132,35 +103,26 @@ class MemoryTracker(TorchDispatchMode):
         key, size = id(storage), _rounded(storage.nbytes())
         if key not in self._alive:
             weakref.finalize(storage, self._forget, key).atexit = False
-            self._hold(key, self._place, self._kind, size)
-        elif self._alive[key][2] != size:
-            place, kind, _ = self._alive[key]
-            self._forget(key)
-            self._hold(key, place, kind, size)
+            self._hold(key, self._place, size)
+        elif self._alive[key][1] != size:
+            self._hold(key, self._forget(key), size)
 
-    def _hold(self, key: int, place: str, kind: str, size: int) -> None:
-        self._alive[key] = (place, kind, size)
-        self._places[place].add(kind, size, self._phase)
+    def _hold(self, key: int, place: str, size: int) -> None:
+        self._alive[key] = place, size
+        self._places[place].add(size)
 
-    def _forget(self, key: int) -> None:
-        place, kind, size = self._alive.pop(key)
-        self._places[place].add(kind, -size, self._phase)
+    def _forget(self, key: int) -> str:
+        """Count a storage no longer, and return its place."""
+        place, size = self._alive.pop(key)
+        self._places[place].add(-size)
+        return place
 
     def _move(self, tensor: Tensor, place: str) -> None:
         self._see(tensor)
         key = id(tensor.untyped_storage())
-        _, kind, size = self._alive[key]
+        _, size = self._alive[key]
         self._forget(key)
-        self._hold(key, place, kind, size)
-
-    @contextlib.contextmanager
-    def _set(self, attribute: str, value: str) -> Iterator[None]:
-        before = getattr(self, attribute)
-        setattr(self, attribute, value)
-        try:
-            yield
-        finally:
-            setattr(self, attribute, before)
+        self._hold(key, place, size)
 
 
 def _rounded(nbytes: int) -> int:
