@@ -11,7 +11,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from mft_study.report.equal_budgets import EqualBudget
 from mft_study.report.general import OnText
 from mft_study.report.judge import side
 from mft_study.report.remarks import dominance_remark, p_remark
-from mft_study.report.statistics import Difference, smallest_p
+from mft_study.report.statistics import Difference
 from mft_study.report.table import DomainTable, Row
 from mft_study.report.verdict import conclusion_of, shown_interval, verdicts_of
 from mft_study.report.write import numbers_text, report_text
@@ -31,8 +31,6 @@ from .records import RESULTS
 from .tables import markdown
 
 Kind = TypeVar("Kind")
-_P_IN_WORDS = re.compile(r"Holm-adjusted p (<?0\.\d+)")
-_OF_DOMINANCE, _OF_P = "An MFT arm dominates a rival", re.compile(r"\d+ seeds cannot tell a p below")
 
 
 def tables_in(numbers: Mapping[str, Any]) -> dict[str, DomainTable]:
@@ -55,44 +53,18 @@ def judge_again(numbers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Doma
             if entry.get("conclusion") != concluded:
                 changes.append([domain, row.arm, str(row.against), str(entry.get("conclusion")), str(concluded)])
             entry |= {"conclusion": concluded, "rates": row.rates}
-    numbers["verdicts"] = _verdicts(numbers, tables)
-    numbers["remarks"] = _remarks(numbers, tables)
+    bytes_found = [_at_equal_bytes(values) for values in numbers.get("at_equal_bytes", [])]
+    verdicts = verdicts_of(tables, lambda table, row: _uncompared(numbers, table, row))
+    remarks = [dominance_remark(family_size(table.comparisons for table in tables.values()))]
+    numbers["verdicts"] = _renewed(numbers["verdicts"], [*verdicts, *said_of_bytes(bytes_found)])
+    numbers["remarks"] = _renewed(numbers["remarks"], [*remarks, p_remark(len(numbers["seeds"]))])
     return numbers, tables, changes
 
 
-def _verdicts(numbers: Mapping[str, Any], tables: Mapping[str, DomainTable]) -> list[str]:
-    """Return the paragraphs, with new ones in place of the old.
-
-    Paragraphs about codes claim no absence of a difference, so they stay.
-    """
-    seeds = len(numbers["seeds"])
-    bytes_found = [_at_equal_bytes(values) for values in numbers.get("at_equal_bytes", [])]
-    made = [*verdicts_of(tables, lambda table, row: _uncompared(numbers, table, row)), *said_of_bytes(bytes_found)]
+def _renewed(old: Sequence[str], made: Iterable[str]) -> list[str]:
+    """Return the paragraphs, with new ones in place of those whose first sentence begins alike. Others stay."""
     new = {paragraph.split(". ")[0]: paragraph for paragraph in made}
-    return [new.get(old.split(". ")[0]) or _with_least_p(old, seeds) for old in numbers["verdicts"]]
-
-
-def _remarks(numbers: Mapping[str, Any], tables: Mapping[str, DomainTable]) -> list[str]:
-    family, found, place = family_size(table.comparisons for table in tables.values()), list[str](), 0
-    for remark in numbers["remarks"]:
-        if _OF_P.match(remark):
-            place = len(found)
-            continue
-        found.append(dominance_remark(family) if remark.startswith(_OF_DOMINANCE) else remark)
-        if remark.startswith((_OF_DOMINANCE, "p is two-sided")):
-            place = len(found)
-    found.insert(place, p_remark(len(numbers["seeds"])))
-    return found
-
-
-def _with_least_p(text: str, seeds: int) -> str:
-    least = smallest_p(seeds)
-
-    def shown(found: re.Match[str]) -> str:
-        small = found[1].startswith("<") or float(found[1]) < least
-        return f"Holm-adjusted p <{least:g}" if small else found[0]
-
-    return _P_IN_WORDS.sub(shown, text)
+    return [new.get(paragraph.split(". ")[0], paragraph) for paragraph in old]
 
 
 def _uncompared(numbers: Mapping[str, Any], table: DomainTable, row: Row) -> str:
