@@ -18,13 +18,7 @@ from mft.masks.convert import masked_modules, set_scores
 from mft_study.arms.arm import Arm, Ground
 from mft_study.arms.weights import with_weights
 
-from .aggregate import (
-    keep_probabilities,
-    majority_mask,
-    majority_sign,
-    sample_mask,
-    weighted_mean,
-)
+from .aggregate import keep_probabilities, majority_mask, majority_sign, mean_update, sample_mask
 from .messages import Message, decode_mask, decode_signs, encode_mask, encode_signs, encode_with_feedback
 
 Messages = dict[str, Message]  # by matrix
@@ -80,7 +74,7 @@ class Updates(Federation):
         return message.view(np.float32).reshape(shape)
 
     def joined(self, updates: Sequence[NDArray]) -> NDArray:
-        return weighted_mean(updates)
+        return mean_update(updates)
 
     def _begin(self) -> None:
         with torch.no_grad():
@@ -114,7 +108,7 @@ class MeanOfSigns(MajorityOfSigns):
         return message
 
     def joined(self, updates: Sequence[NDArray]) -> NDArray:
-        return weighted_mean(updates)
+        return mean_update(updates)
 
 
 class MaskVotes(Federation):

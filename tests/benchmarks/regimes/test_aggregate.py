@@ -3,13 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.regimes.aggregate import (
-    keep_probabilities,
-    majority_mask,
-    majority_sign,
-    sample_mask,
-    weighted_mean,
-)
+from benchmarks.regimes.aggregate import keep_probabilities, majority_mask, majority_sign, mean_update, sample_mask
 
 MASKS = [[[1, 1], [0, 0]], [[1, 0], [0, 1]], [[1, 0], [0, 0]], [[1, 1], [0, 0]]]
 
@@ -18,7 +12,6 @@ MASKS = [[[1, 1], [0, 0]], [[1, 0], [0, 1]], [[1, 0], [0, 0]], [[1, 1], [0, 0]]]
     ("options", "expected"),
     [
         ({}, [[1, 0.5], [0, 0.25]]),
-        ({"weights": [2, 1, 1, 0]}, [[1, 0.5], [0, 0.25]]),
         ({"before": np.full((2, 2), 0.5), "strength": 4}, [[0.75, 0.5], [0.25, 0.375]]),
         ({"before": np.full((2, 2), 0.5)}, [[1, 0.5], [0, 0.25]]),
     ],
@@ -41,8 +34,7 @@ def test_sampled_masks_keep_each_weight_with_its_probability():
 def test_the_majority_of_signs_and_the_mean_of_updates():
     updates = [[3.0, -1.0, 1.0], [-1.0, -1.0, -1.0], [-1.0, 5.0, 0.0]]
     assert majority_sign(updates).tolist() == [-1, -1, 0]
-    assert majority_sign(updates, [3, 1, 1]).tolist() == [1, -1, 1]
-    assert weighted_mean(updates, [1, 1, 2]).tolist() == [0, 2, 0]
+    assert mean_update(updates[:2]).tolist() == [1, -1, 0]
 
 
 @pytest.mark.parametrize(
@@ -54,8 +46,6 @@ def test_the_majority_of_signs_and_the_mean_of_updates():
         (lambda: keep_probabilities(MASKS, strength=-1), "strength must be at least 0"),
         (lambda: keep_probabilities([[1]], before=[1.5], strength=1), r"before must lie in \[0, 1\]"),
         (lambda: keep_probabilities([[1]], before=[1, 1], strength=1), "before must have the shape of the masks"),
-        (lambda: weighted_mean([[1.0]], [1, 2]), "weights must hold a number for each of 1 clients"),
-        (lambda: weighted_mean([[1.0]], [0]), "weights must be finite, at least 0, and not all 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, words):
