@@ -6,6 +6,7 @@ of masks and merged models on disk and in memory. Speed is measured in the most 
 layers. These masks are not trained, because speed does not depend on which weights they keep.
 """
 
+import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from mft.models.pretrained import load_model, save_model
 from mft.training.loop import train_masks
 from mft_kernels.timing import Samples, time_within
 
+from .bench_generate import generate
 from .harness import Finding, Spread, ratio, report
 
 MODEL = "smollm2-135m"
@@ -158,10 +160,11 @@ def speed(root: Path) -> dict[str, Samples]:
     model, tokenizer = load_model(MODEL)
     merged = merge_model(load_masks(model, paths[0]))
     validation = [load_splits(config, tokenizer).validation for config in list(TASKS.values())[:2]]
+    generating = functools.partial(generate, new=GENERATED)
     rows = torch.cat([take_rows(split, list(range(3))).input_ids for split in validation])[:, :SCORED]
     return {
         "scoring": time_within(competitors(bank, merged, rows, score), SECONDS, least=3, most=9),
-        "generating": time_within(competitors(bank, merged, rows[:, :PROMPT], generate), SECONDS, least=3, most=9),
+        "generating": time_within(competitors(bank, merged, rows[:, :PROMPT], generating), SECONDS, least=3, most=9),
     }
 
 
@@ -187,9 +190,3 @@ def competitors(
 def score(model: nn.Module, rows: Tensor) -> None:
     """Compute the logits of every token."""
     model(rows)
-
-
-def generate(model: Any, rows: Tensor) -> None:
-    """Generate GENERATED tokens per row, greedily, with a cache."""
-    options = {"min_new_tokens": GENERATED, "max_new_tokens": GENERATED, "do_sample": False}
-    model.generate(rows, attention_mask=torch.ones_like(rows), pad_token_id=0, **options)

@@ -78,11 +78,6 @@ class Finding:
         )
 
 
-def times(samples: Samples, suffix: str = "") -> list[Finding]:
-    """Return the times as findings without a goal."""
-    return [Finding(name + suffix, Spread.of(values), "ms") for name, values in samples.items()]
-
-
 def ratio(
     samples: Samples, above: str, below: str, rule: str | None = None, bound: float | None = None, suffix: str = ""
 ) -> Finding:

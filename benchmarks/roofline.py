@@ -10,6 +10,7 @@ and a cache may hold them.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -78,9 +79,9 @@ class Ceilings:
 
     def sample(self) -> None:
         """Take one sample of each."""
-        took = _seconds(lambda: torch.mm(self._a, self._b, out=self._product))
+        took = least_seconds(lambda: torch.mm(self._a, self._b, out=self._product))
         self.gemm.append(2 * GEMM_SIZE**3 / took)
-        took = _seconds(lambda: self._target.copy_(self._source))
+        took = least_seconds(lambda: self._target.copy_(self._source))
         self.copy.append(2 * COPY_BYTES / took)
 
     def share(self, work: Work, milliseconds: float) -> float:
@@ -95,8 +96,12 @@ class Ceilings:
         return {name: vars(spread) for name, spread in spreads.items()}
 
 
-def _seconds(call) -> float:
+def least_seconds(call: Callable[[], object], times: int = 1) -> float:
+    """Return the least of ``times`` calls, after one untimed call."""
     call()
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    took = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        took.append(time.perf_counter() - start)
+    return min(took)
