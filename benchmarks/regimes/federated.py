@@ -30,7 +30,7 @@ from torch import nn
 
 from mft.config import DataConfig, TrainConfig
 from mft.data.corpora import header_files
-from mft.data.splits import Splits, load_splits
+from mft.data.splits import Splits
 from mft.evaluation.evaluate import evaluate
 from mft_study.arms.arm import Arm, Ground
 from mft_study.evidence.power import Spread
@@ -87,12 +87,8 @@ class Federated(Regime):
 
     assumed = Spread(0.01, 0.1, "a smaller model after four rounds")
 
-    def splits(self, tokenizer: Any, seed: int) -> dict[str, Splits]:
-        """Return the splits by client; the seed selects the training rows."""
-        return {
-            client: load_splits(dataclasses.replace(data, seed=seed), tokenizer)
-            for client, data in self.clients.items()
-        }
+    def texts(self) -> dict[str, DataConfig]:
+        return self.clients
 
     def run(self, base: Path, run: Run) -> Found:
         """Return NATS: by client, for each document of its test files; UP: by round, each client's bytes."""
@@ -119,9 +115,6 @@ class Federated(Regime):
     def loss(self, model: nn.Module, splits: dict[str, Splits]) -> float:
         """Return the validation loss, averaged over clients."""
         return float(np.mean([evaluate(model, own.validation, batch_size=ROWS).loss for own in splits.values()]))
-
-    def tests(self, tokenizer: Any) -> dict[str, Any]:
-        return {client: splits.test for client, splits in self.splits(tokenizer, self.seeds[0]).items()}
 
     def arms(self, found: dict[Run, Found], documents: Documents) -> dict[str, Any]:
         """Return the mean test loss over clients, the bits that each client sends per round, and the differences."""

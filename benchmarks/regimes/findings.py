@@ -1,10 +1,9 @@
-"""What the runs of a regime show: sums per document, intervals of differences, and the smallest detectable effect.
+"""What the runs of a regime show: sums per document, and intervals of differences.
 
 Sums are stored completely: nats of each document with a hash of its scored tokens, so that an outsider can compute
 every interval again.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from mft.evaluation.evaluate import evaluate
-from mft_study.evidence.power import ALPHA, POWER, Spread, smallest_difference, squared_errors
+from mft_study.evidence.power import ALPHA, deviations
 from mft_study.evidence.sums import NATS_DECIMALS, document_hashes
 from mft_study.report.statistics import Paired, differences, with_holm
 
@@ -84,27 +83,7 @@ def compared(nats: Mapping[str, Mapping[int, Nats]], reference: str, documents: 
         if arm != reference and both:
             pairs[arm] = documents.paired(both)
     found = zip(pairs, with_holm(differences(list(pairs.values()))), pairs.values())
-    return {arm: asdict(one) | dict(zip(SPREADS, spreads(pair))) for arm, one, pair in found}
-
-
-def spreads(pair: Paired) -> tuple[float, float]:
-    """Return the standard deviations of a difference over seeds and over documents, nats per token."""
-    seeds, documents = pair.sums.shape
-    by_seed = pair.sums.sum(-1) / pair.counts.sum()
-    residuals = (pair.sums - by_seed[:, None] * pair.counts).mean(0)
-    errors = squared_errors((by_seed - by_seed.mean())[None], residuals[None], pair.counts[None])
-    over_seeds, over_documents = (float(error[0]) for error in errors)
-    return math.sqrt(over_seeds * seeds), math.sqrt(over_documents * documents)
-
-
-def power_line(seeds: int, documents: int, spread: Spread) -> str:
-    """Return the smallest difference that can be shown, in words; printed before a regime begins."""
-    least = smallest_difference(spread, seeds, documents)
-    return (
-        f"{seeds} seeds and {documents} test documents can show a difference of {least:.3f} nats per token "
-        f"(p < {ALPHA}, power {POWER}, one comparison; more comparisons need more), if differences vary by "
-        f"{spread.seeds:.3f} over seeds and {spread.documents:.3f} over documents, as for {spread.source}"
-    )
+    return {arm: asdict(one) | dict(zip(SPREADS, deviations(pair.sums, pair.counts))) for arm, one, pair in found}
 
 
 def interval(compared: Mapping[str, Any] | None) -> str:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mft.config import ModelConfig
+from mft.config import DataConfig, ModelConfig
+from mft.data.splits import Splits, load_splits
 from mft.engines.step import NonFiniteLoss
 from mft.files.atomic import write_whole
 from mft.models.pretrained import load_model
@@ -31,11 +32,11 @@ from mft_kernels.ops.checks import NonFiniteScores
 from mft_study.arms.setting import Setting
 from mft_study.config import ScratchConfig
 from mft_study.evidence.environment import environment
-from mft_study.evidence.power import Spread
+from mft_study.evidence.power import Spread, power_words
 from mft_study.from_scratch import train_from_scratch
 from mft_study.grid import neighbours
 
-from .findings import Documents, power_line
+from .findings import Documents
 
 REGIME, BASE, RUNS, RESULT, TABLE = "regime.json", "base", "runs", "result.json", "table.md"
 CHOICE, DIVERGED, SECONDS = "choice", "diverged", "seconds"  # keys of a run's result
@@ -71,9 +72,15 @@ class Regime:
         """Return a run's result as JSON; validation chooses the smallest value under CHOICE."""
         raise NotImplementedError
 
-    def tests(self, tokenizer: Any) -> dict[str, Any]:
-        """Return the test rows by text."""
+    def texts(self) -> dict[str, DataConfig]:
+        """Return the data by the name of its text."""
         raise NotImplementedError
+
+    def splits(self, tokenizer: Any, seed: int) -> dict[str, Splits]:
+        """Return the splits by text; the seed selects the training rows."""
+        return {
+            text: load_splits(dataclasses.replace(data, seed=seed), tokenizer) for text, data in self.texts().items()
+        }
 
     def arms(self, found: dict[Run, Found], documents: Documents) -> dict[str, Any]:
         """Return each arm's outcome as JSON."""
@@ -122,8 +129,9 @@ def carry_out(regime: Regime, directory: Path, command: str, say: Say = say_now)
     Raises: ValueError if directory holds another regime; RuntimeError if an arm diverges at every rate.
     """
     model, tokenizer = load_base(prepare(regime, directory, say))
-    documents = Documents.of(model, regime.tests(tokenizer))
-    power = power_line(len(regime.seeds), documents.number, regime.assumed)
+    tests = {text: splits.test for text, splits in regime.splits(tokenizer, regime.seeds[0]).items()}
+    documents = Documents.of(model, tests)
+    power = power_words(regime.assumed, len(regime.seeds), documents.number, digits=3)
     say(power)
     found = complete(regime, directory, say)
     arms, notes = regime.arms(found, documents), open_ends(regime, found)

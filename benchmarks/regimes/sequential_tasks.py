@@ -33,7 +33,6 @@ import datasets
 import numpy as np
 
 from mft.config import DataConfig, TrainConfig
-from mft.data.splits import Splits, load_splits
 from mft.evaluation.evaluate import evaluate
 from mft_study.arms.arm import Arm
 from mft_study.evidence.power import Spread
@@ -95,9 +94,8 @@ class SequentialTasks(Regime):
         first = seed % len(tasks)
         return [*tasks[first:], *tasks[:first]]
 
-    def splits(self, tokenizer: Any, seed: int) -> dict[str, Splits]:
-        """Return the splits by task; the seed selects the training rows."""
-        return {task: load_splits(dataclasses.replace(data, seed=seed), tokenizer) for task, data in self.tasks.items()}
+    def texts(self) -> dict[str, DataConfig]:
+        return self.tasks
 
     def run(self, base: Path, run: Run) -> Found:
         """Return NATS: by task, each test document's nats before the first stage and after each; ORDER of the tasks."""
@@ -114,9 +112,6 @@ class SequentialTasks(Regime):
                 nats[task].append(nats_of(learner.model(task), splits[task].test))
         validation = [evaluate(learner.model(task), splits[task].validation, batch_size=ROWS).loss for task in order]
         return {CHOICE: float(np.mean(validation)), ORDER: order, NATS: nats}
-
-    def tests(self, tokenizer: Any) -> dict[str, Any]:
-        return {task: splits.test for task, splits in self.splits(tokenizer, self.seeds[0]).items()}
 
     def arms(self, found: dict[Run, Found], documents: Documents) -> dict[str, Any]:
         """Return the mean loss of all tasks at the end, of each when just learned, and what was forgotten since."""

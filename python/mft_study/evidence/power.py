@@ -87,24 +87,37 @@ def power_lines(study: StudyConfig, documents: Mapping[str, int], directory: Pat
         if lacking(count, seeds):
             continue
         measured = None if sums is None else spread_in(sums, domain, [n for n, arm in study.arms.items() if arm.tuned])
-        spread = measured or _known(study, domain)
-        least = smallest_difference(spread, seeds, count)
-        lines.append(
-            f"{domain}: {seeds} seeds and {count} test documents can show a difference of {least:.4f} nats per token "
-            f"(p < {ALPHA}, power {POWER}, one comparison; more comparisons need more), if differences vary by "
-            f"{spread.seeds:.4f} over seeds and {spread.documents:.4f} over documents, as for {spread.source}. Half of "
-            "it needs four times as many of both"
-        )
+        words = power_words(measured or _known(study, domain), seeds, count)
+        lines.append(f"{domain}: {words}. Half of it needs four times as many of both")
     return lines
+
+
+def power_words(spread: Spread, seeds: int, documents: int, digits: int = 4) -> str:
+    """Return the smallest difference that can be shown, in words."""
+    least = smallest_difference(spread, seeds, documents)
+    return (
+        f"{seeds} seeds and {documents} test documents can show a difference of {least:.{digits}f} nats per token "
+        f"(p < {ALPHA}, power {POWER}, one comparison; more comparisons need more), if differences vary by "
+        f"{spread.seeds:.{digits}f} over seeds and {spread.documents:.{digits}f} over documents, as for {spread.source}"
+    )
 
 
 def spread_in(sums: Sums, domain: str, arms: Iterable[str]) -> Spread | None:
     """Return the median spread over all pairs of these arms on test; None if no pair has 2 seeds and 2 documents."""
-    spreads = [(math.sqrt(a), math.sqrt(b)) for a, b in _variances(sums, domain, list(arms))]
+    spreads = list(_spreads(sums, domain, list(arms)))
     if not spreads:
         return None
     seeds, documents = np.median(spreads, axis=0)
     return Spread(float(seeds), float(documents), f"the {len(spreads)} pairs of tuned arms in its earlier {FILE}")
+
+
+def deviations(sums: Floats, counts: Floats) -> tuple[float, float]:
+    """Return the standard deviations over seeds and over documents of a difference: sums (S, D), counts (D,)."""
+    by_seed = sums.sum(-1) / counts.sum()
+    residuals = (sums - by_seed[:, None] * counts).mean(0)
+    errors = squared_errors((by_seed - by_seed.mean())[None], residuals[None], counts[None])
+    over_seeds, over_documents = (error.item() * count for error, count in zip(errors, sums.shape))
+    return math.sqrt(over_seeds), math.sqrt(over_documents)
 
 
 def squared_errors(from_mean: Floats, residuals: Floats, counts: Floats) -> tuple[Floats, Floats]:
@@ -139,8 +152,8 @@ def _known(study: StudyConfig, domain: str) -> Spread:
     return UNKNOWN
 
 
-def _variances(sums: Sums, domain: str, arms: list[str]) -> Iterator[tuple[float, float]]:
-    """Yield the variances over seeds and over documents for each pair of arms."""
+def _spreads(sums: Sums, domain: str, arms: list[str]) -> Iterator[tuple[float, float]]:
+    """Yield the deviations for each pair of arms."""
     measured = set(sums.arms(domain))
     for one, other in itertools.combinations([arm for arm in arms if arm in measured], 2):
         a, b = sums.runs(domain, one), sums.runs(domain, other)
@@ -148,7 +161,4 @@ def _variances(sums: Sums, domain: str, arms: list[str]) -> Iterator[tuple[float
         if len(seeds) < 2 or len(n) < 2:
             continue
         x = np.stack([(a[seed].evaluation.loss_sums - b[seed].evaluation.loss_sums).numpy() for seed in seeds])
-        by_seed = x.sum(-1) / n.sum()
-        residuals = (x - by_seed[:, None] * n).mean(0)
-        over_seeds, over_documents = squared_errors((by_seed - by_seed.mean())[None], residuals[None], n[None])
-        yield over_seeds.item() * len(x), over_documents.item() * len(n)
+        yield deviations(x, n)

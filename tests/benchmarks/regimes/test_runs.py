@@ -4,13 +4,11 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import pytest
 
-from benchmarks.regimes.findings import Documents, compared, spreads
+from benchmarks.regimes.findings import Documents, compared
 from benchmarks.regimes.runs import CHOICE, Regime, Run, best_rate, complete, open_ends
 from mft.engines.step import NonFiniteLoss
-from mft_study.report.statistics import Paired
 
 BEST = {"low": 1e-3, "high": 8e-3}
 
@@ -80,12 +78,3 @@ def test_every_text_counts_as_much_as_any_other_in_a_difference():
     assert found["mask"]["estimate"] == pytest.approx(0.5)
     assert list(found) == ["mask"]
     assert documents.mean_loss(nats["mask"][0]) == pytest.approx((2.1 + 1) / 2)
-
-
-def test_spreads_are_those_that_a_difference_was_drawn_with():
-    generator = np.random.default_rng(0)
-    by_document = 0.3 * generator.standard_normal(400)
-    sums = np.stack([by_document + 0.05 * seed for seed in generator.standard_normal(200)])
-    over_seeds, over_documents = spreads(Paired(sums, np.ones(400)))
-    assert over_seeds == pytest.approx(0.05, rel=0.15)
-    assert over_documents == pytest.approx(0.3, rel=0.1)
