@@ -143,7 +143,6 @@ class _Begun:
     claim: str
     path: Path
     trained: Path
-    reads: tuple[Path, ...]
     at: float
 
 
@@ -230,7 +229,7 @@ class _Run:
     def _drop(self, error: JobFailed) -> None:
         """Drop a failed job, to plan it again, if others deleted its files or took over its claim; otherwise raise."""
         begun = self._running.pop(error.job.unit)
-        whole = self.claims.holds(begun.claim) and all(path.is_file() for path in begun.reads)
+        whole = self.claims.holds(begun.claim) and all(path.is_file() for path in begun.job.reads)
         if whole or not self.claims.shares:
             raise error
         self.claims.release(begun.claim)
@@ -242,11 +241,10 @@ class _Run:
         """
         if len(self._running) == self.workers.count or unit in self._running:
             return
-        job = self._job(unit, on_test)
-        reads = self._reads(job)
-        if gone := [read for read in reads if not self._trained(read).is_file()]:
-            for read in gone:
-                self._submit(read, False, lost=True)
+        job, needed = self._job(unit, on_test)
+        if gone := [run for path, run in needed.items() if not path.is_file()]:
+            for run in gone:
+                self._submit(run, False, lost=True)
             return
         path = self.store.test_path(unit, self.chosen) if on_test else self.store.path(unit, self.chosen)
         result = job.trained if lost else path
@@ -261,35 +259,28 @@ class _Run:
         trained = job.trained
         if not on_test:
             job = dataclasses.replace(job, trained=self.claims.own(trained))
-        paths = tuple(self._trained(read) for read in reads)
-        self._running[unit] = _Begun(job, claim, path, trained, paths, time.perf_counter())
+        self._running[unit] = _Begun(job, claim, path, trained, time.perf_counter())
         self.workers.submit(job)
 
-    def _job(self, unit: Unit, on_test: bool) -> Job:
-        source, teachers = source_of(self.study, self.chosen, unit), teachers_of(self.study, self.chosen, unit)
-        return Job(
+    def _job(self, unit: Unit, on_test: bool) -> tuple[Job, dict[Path, Unit]]:
+        """Return a unit's job, and the runs that it needs, by the files of their weights."""
+        study, chosen = self.study, self.chosen
+        starts, parts, source = starts_of(study, chosen, unit), parts_of(study, unit), source_of(study, chosen, unit)
+        teachers = None if on_test else teachers_of(study, chosen, unit)
+        own = [unit] if on_test and study.arms[unit.arm].leaves_weights else []
+        needed = [*starts, *parts, *([] if source is None else [source]), *(teachers or []), *own]
+        at = {run: self.store.trained(run, chosen) for run in (*needed, unit)}
+        job = Job(
             unit,
-            tuple(self._trained(before) for before in starts_of(self.study, self.chosen, unit)),
-            self._trained(unit),
-            tuple((part, self._trained(part)) for part in parts_of(self.study, unit)),
-            None if source is None else (source, self._trained(source)),
-            None if teachers is None or on_test else tuple(self._trained(before) for before in teachers),
+            tuple(at[run] for run in starts),
+            at[unit],
+            tuple((run, at[run]) for run in parts),
+            None if source is None else (source, at[source]),
+            None if teachers is None else tuple(at[run] for run in teachers),
             on_test,
+            tuple(at[run] for run in needed),
         )
-
-    def _trained(self, unit: Unit) -> Path:
-        return self.store.trained(unit, self.chosen)
-
-    def _reads(self, job: Job) -> list[Unit]:
-        """Return the units whose trained weights a job needs."""
-        units = [*starts_of(self.study, self.chosen, job.unit), *(part for part, _ in job.parts)]
-        if job.source is not None:
-            units.append(job.source[0])
-        if job.teacher is not None:
-            units += teachers_of(self.study, self.chosen, job.unit) or []
-        if job.on_test and self.study.arms[job.unit.arm].leaves_weights:
-            units.append(job.unit)
-        return units
+        return job, {at[run]: run for run in needed}
 
     def _take_outcome(self, outcome: Outcome, begun: _Begun) -> None:
         self.store.tell_outcome(outcome, begun.path, begun.job.trained, begun.trained)

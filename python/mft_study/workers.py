@@ -121,7 +121,7 @@ class _Processes:
         job = self._jobs.pop(connection)
         if error is not None:
             raise JobFailed(job, error)
-        return job, tested_from(values) if job.on_test else outcome_from(values)
+        return job, result_of(job, values)
 
     def _ended(self, connection: Connection) -> JobFailed:
         process = self._workers[connection]
@@ -160,7 +160,7 @@ def _serve(connection: Connection, study: StudyConfig, bases: Bases) -> None:
         except TOLD as error:
             connection.send((None, str(error)))
             continue
-        connection.send((tested_values(result) if isinstance(result, Tested) else outcome_values(result), None))
+        connection.send((values_of(result), None))
 
 
 def _end_with_parent() -> None:
@@ -169,6 +169,16 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def values_of(result: Result) -> dict[str, Any]:
+    """Return a result as plain values, which go from process to process."""
+    return tested_values(result) if isinstance(result, Tested) else outcome_values(result)
+
+
+def result_of(job: Job, values: dict[str, Any]) -> Result:
+    """Return a job's result from its values."""
+    return tested_from(values) if job.on_test else outcome_from(values)
 
 
 def run_job(workspace: Workspace, job: Job) -> Result:

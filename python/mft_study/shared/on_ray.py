@@ -21,11 +21,10 @@ from mft.checks import install_command
 from mft.files.atomic import write_whole
 from mft_study.bases import Bases
 from mft_study.config import StudyConfig
-from mft_study.outcome import Tested, outcome_from, outcome_values, tested_from, tested_values
 from mft_study.shared.alike import check_same, read_noted
 from mft_study.store import ALIKE
 from mft_study.units.job import Job
-from mft_study.workers import TOLD, JobFailed, Result, Workers, run_job
+from mft_study.workers import TOLD, JobFailed, Result, Workers, result_of, run_job, values_of
 from mft_study.workspace import Workspace
 
 _TRIES = 3  # for a job whose actors die
@@ -88,7 +87,7 @@ class _Actors:
             raise JobFailed(job, error)
         if weights is not None:
             write_whole(job.trained, weights.tobytes())
-        return job, tested_from(values) if job.on_test else outcome_from(values)
+        return job, result_of(job, values)
 
     def close(self) -> None:
         for actor in [*self._idle, *(actor for _, actor, _ in self._jobs.values())]:
@@ -138,10 +137,8 @@ class _Actor:
             local = job.with_paths(lambda path: self._here / path.relative_to(self._directory))
             own = local.trained.with_name(f"{local.trained.stem}-{secrets.token_hex(4)}.safetensors")
             result = run_job(self._workspace, local if job.on_test else dataclasses.replace(local, trained=own))
-            if isinstance(result, Tested):
-                return tested_values(result), None, None
             weights = np.fromfile(own, np.uint8) if own.is_file() else None
             own.unlink(missing_ok=True)
-            return outcome_values(result), weights, None
+            return values_of(result), weights, None
         except TOLD as error:
             return None, None, str(error)

@@ -23,13 +23,7 @@ class Job:
     source: tuple[Unit, Path] | None = None  # for other derived arms: the run that they are made of
     teacher: tuple[Path, ...] | None = None  # like starts, but to the teacher's model; None: no teacher
     on_test: bool = False
-
-    @property
-    def reads(self) -> list[Path]:
-        """The files that it reads; on test also its own weights, if it has any."""
-        paths = [*self.starts, *(path for _, path in self.parts), *(self.teacher or ())]
-        paths += [] if self.source is None else [self.source[1]]
-        return paths + ([self.trained] if self.on_test and self.trained.is_file() else [])
+    reads: tuple[Path, ...] = ()  # all files of weights that it reads; on test also its own, if its arm leaves any
 
     def with_paths(self, moved: Callable[[Path], Path]) -> "Job":
         """Return the same job with its files elsewhere."""
@@ -52,7 +46,7 @@ def arm_of(workspace: Workspace, unit: Unit) -> Arm:
 def ground_of(workspace: Workspace, job: Job) -> Ground:
     """Return the ground of a job's arm; call it after workspace.begin."""
     unit, arm = job.unit, arm_of(workspace, job.unit)
-    mask, keep_ratio = replace(workspace.study.mask_of(arm), seed=unit.seed), unit.setting.keep_ratio
+    mask, keep_ratio = replace(arm.mask_config(workspace.study.mask), seed=unit.seed), unit.setting.keep_ratio
     codes = workspace.study.codes_under(unit.arm)
     runs = job.parts or (() if job.source is None else (job.source,))
     return Ground(
