@@ -281,7 +281,7 @@ class Arm:
 
     def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
         """Return the bytes in memory besides the start while the model runs; the start stays unchanged."""
-        return NUMBER * ground.numbers()
+        return self.stored_bytes(ground, model)
 
     def training_bytes(self, ground: Ground, train: TrainConfig) -> int:
         """Return the bytes in memory while it trains, besides its start's weights (memory.py). Here: all weights."""

@@ -33,9 +33,6 @@ class Base(Arm):
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         return 0
 
-    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
-        return 0
-
 
 class _AllWeights(Arm):
     takes = TRAINING
@@ -50,9 +47,6 @@ class _AllWeights(Arm):
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         return NUMBER * model_numbers(model)
-
-    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
-        return self.stored_bytes(ground, model)
 
     def bytes_of_mean(self, ground: Ground, model: nn.Module, runs: int) -> int:
         return NUMBER * model_numbers(model)

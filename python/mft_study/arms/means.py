@@ -53,7 +53,7 @@ class Average(Between):
 
     def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
         whole = ground.sources[0].arm.whole_model
-        return NUMBER * model_numbers(model) if whole else super().resident_bytes(ground, model)
+        return NUMBER * (model_numbers(model) if whole else ground.numbers())
 
 
 class Interpolated(Between):

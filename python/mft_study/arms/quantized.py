@@ -29,6 +29,3 @@ class Quantized(Arm):
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         return weights_bytes(ground.base, self.quantization, NUMBER)
-
-    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
-        return self.stored_bytes(ground, model)

@@ -23,6 +23,3 @@ class Temperature(Arm):
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         return NUMBER
-
-    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
-        return NUMBER
