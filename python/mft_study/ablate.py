@@ -213,10 +213,8 @@ def _masks(study: StudyConfig) -> dict[str, Arm]:
 
 def _without(study: StudyConfig, arms: Sequence[str]) -> StudyConfig:
     """Return the study without these arms, and without every arm that needs them."""
-    gone = set(arms)
-    for _ in study.arms:
-        gone |= {name for name in study.arms if gone.intersection(study.needs(name))}
-    return dataclasses.replace(study, arms={name: arm for name, arm in study.arms.items() if name not in gone})
+    kept = (name for name in study.arms if not {name, *study.all_needs(name)}.intersection(arms))
+    return dataclasses.replace(study, arms={name: study.arms[name] for name in kept})
 
 
 def _prototype(study: StudyConfig, kind: type[Arm]) -> Arm:

@@ -205,7 +205,7 @@ class StudyConfig:
                 check_rule(False, f"arms.{name}.start", rule, arm.start)
             if arm.teacher is not None:
                 rule = "name an arm that does not need this one"
-                check_rule(name not in self._all_needs(name), f"arms.{name}.teacher", rule, arm.teacher)
+                check_rule(name not in self.all_needs(name), f"arms.{name}.teacher", rule, arm.teacher)
 
     def _check_named(self, key: str, value: str, may: Callable[[type[Arm]], bool]) -> None:
         known = [name for name, arm in self.arms.items() if may(type(arm))]
@@ -222,7 +222,7 @@ class StudyConfig:
             f"them in an arm {{kind: quantized, start: {name}, quantization: {held}}}"
         )
 
-    def _all_needs(self, arm: str) -> set[str]:
+    def all_needs(self, arm: str) -> set[str]:
         """Return all arms that an arm needs, directly or through others."""
         found, waiting = set[str](), self.needs(arm)
         while waiting:
@@ -285,10 +285,6 @@ class StudyConfig:
     def named(self, kind: type[Arm]) -> str | None:
         """Return the name of the first arm of a kind, or None."""
         return next((name for name, arm in self.arms.items() if isinstance(arm, kind)), None)
-
-    def mask_of(self, arm: Arm) -> MaskConfig:
-        """Return the study's mask with the arm's own values; the keep ratio comes from a setting."""
-        return arm.mask_config(self.mask)
 
     def train_of(self, arm: Arm, setting: Setting, seed: int) -> TrainConfig:
         """Return how an arm is trained in a setting. seed draws the order of the data."""

@@ -14,12 +14,7 @@ def leading_arms(study: StudyConfig, leaders: LeadersConfig, runs: Mapping[str, 
     for most in limits:
         ranked = _ranked(study, runs, most)
         found.update(ranked[: leaders.arms], [arm for arm in ranked if study.arms[arm].is_mft][:1])
-    waiting = list(found)
-    while waiting:
-        needed = [arm for arm in study.needs(waiting.pop()) if arm not in found]
-        waiting += needed
-        found.update(needed)
-    return found
+    return found.union(*map(study.all_needs, found))
 
 
 def _ranked(study: StudyConfig, runs: Mapping[str, Sequence[Outcome]], most: float) -> list[str]:

@@ -32,8 +32,8 @@ def test_its_mask_is_the_study_s_but_for_what_is_dropped(tmp_path):
     study = make_study(tmp_path, arms)
     assert study.mask.keep_ratio == 0.9
     expected = MaskConfig(layers_to_transform=[2, 3], budget=0.02, mode="magnitude")
-    assert study.mask_of(study.arms["budget"]) == expected
-    assert study.mask_of(study.arms["slow"]) == MaskConfig(
+    assert study.arms["budget"].mask_config(study.mask) == expected
+    assert study.arms["slow"].mask_config(study.mask) == MaskConfig(
         layers_to_transform=[2, 3], budget=0.02, budget_ramp=0.9, mode="value"
     )
     assert study_values(study)["arms"]["budget"]["budget"] == 0.02

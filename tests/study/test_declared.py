@@ -62,7 +62,7 @@ def test_an_arm_may_have_a_mode_a_threshold_and_betas_of_its_own(load):
     study = load(more="  free: {kind: mask, lrs: [1e-3], mode: value, threshold: 0, betas: [0, 0.99]}\n")
     arm = study.arms["free"]
     assert arm.settings(study.mask) == [Setting(1e-3, 1.0, None)]  # the threshold decides what is kept
-    mask = study.mask_of(arm)
+    mask = arm.mask_config(study.mask)
     assert (mask.mode, mask.threshold, mask.layers_to_transform) == ("value", 0.0, [2, 3])
     assert study.train_of(arm, Setting(1e-3, 1.0), 0).betas == (0.0, 0.99)
     assert study.train_of(arm, Setting(1e-3, 1.0, beta1=0.5), 0).betas == (0.5, 0.99)

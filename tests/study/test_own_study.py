@@ -17,8 +17,8 @@ def test_it_holds_every_arm_against_the_same_start_with_as_many_settings_to_choo
     study = load_study("own")
     assert list(study.arms) == ["base", *TRAINED, CODED]
     assert len({len(study.arms[name].settings(study.mask)) for name in TRAINED}) == 1
-    assert all(study.mask_of(study.arms[name]).layers_to_transform is None for name in TRAINED)
-    assert study.mask_of(study.arms["MFT"]).budget == MaskConfig().budget
+    assert all(study.arms[name].mask_config(study.mask).layers_to_transform is None for name in TRAINED)
+    assert study.arms["MFT"].mask_config(study.mask).budget == MaskConfig().budget
 
 
 def test_data_stands_for_the_only_domain():

@@ -76,7 +76,7 @@ def arms_memory(study: StudyConfig, shape: ModelShape) -> dict[str, dict[str, Si
     found = {}
     for name, arm in study.arms.items():
         if arm.learns:
-            mask = study.mask_of(arm)
+            mask = arm.mask_config(study.mask)
             layers = mask.layers_to_transform
             found[name] = rewards_memory(
                 shape,

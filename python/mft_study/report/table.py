@@ -252,9 +252,7 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
 
 def _unsettled(findings: Findings, domain: str, arm: str) -> list[str]:
     """Return the open ends of an arm and of all arms that it needs."""
-    rests = [arm]
-    for each in rests:
-        rests += [needed for needed in findings.study.needs(each) if needed not in rests]
+    rests = {arm} | findings.study.all_needs(arm)
     ends = [end for end in findings.open_ends if end.domain == domain and end.arm in rests]
     return [f"{end.arm}'s {end.what}" for end in ends]
 
