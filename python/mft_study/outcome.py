@@ -1,5 +1,7 @@
 """What a study measures: one model on one split, one run of one arm, and all of it together."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -161,35 +163,33 @@ def unit_from(values: dict[str, Any]) -> Unit:
 def measured_values(measured: Measured) -> dict[str, Any]:
     return {
         "evaluation": _evaluation_values(measured.evaluation),
-        "tempered": None if measured.tempered is None else _evaluation_values(measured.tempered),
+        "tempered": _if_known(_evaluation_values, measured.tempered),
         "temperature": measured.temperature,
-        "answers": None if measured.answers is None else measured.answers.tolist(),
-        "questions": None if measured.questions is None else measured.questions.tolist(),
+        "answers": _if_known(Tensor.tolist, measured.answers),
+        "questions": _if_known(Tensor.tolist, measured.questions),
     }
 
 
 def measured_from(values: dict[str, Any]) -> Measured:
     return Measured(
         _evaluation_from(values["evaluation"]),
-        None if values["tempered"] is None else _evaluation_from(values["tempered"]),
+        _if_known(_evaluation_from, values["tempered"]),
         values["temperature"],
-        None if values["answers"] is None else torch.tensor(values["answers"]),
-        None if values["questions"] is None else torch.tensor(values["questions"]),
+        _if_known(torch.tensor, values["answers"]),
+        _if_known(torch.tensor, values["questions"]),
     )
 
 
 def outcome_values(outcome: Outcome) -> dict[str, Any]:
-    values = dict(vars(outcome))
-    measured = None if outcome.measured is None else measured_values(outcome.measured)
+    measured = _if_known(measured_values, outcome.measured)
     changed = {"unit": asdict(outcome.unit), "measured": measured, "general": _general_values(outcome.general)}
-    return values | changed | {"where": _where_values(outcome.where)}
+    return vars(outcome) | changed | {"where": _if_known(asdict, outcome.where)}
 
 
 def outcome_from(values: dict[str, Any]) -> Outcome:
-    measured = None if values["measured"] is None else measured_from(values["measured"])
     changed = {
+        "measured": _if_known(measured_from, values["measured"]),
         "unit": unit_from(values["unit"]),
-        "measured": measured,
         "curve": [(share, loss) for share, loss in values["curve"]],
         "answers_curve": [(share, exact) for share, exact in values.get("answers_curve", ())],
         "general": _general_from(values["general"]),
@@ -201,7 +201,7 @@ def outcome_from(values: dict[str, Any]) -> Outcome:
 def tested_values(tested: Tested) -> dict[str, Any]:
     splits = {"validation": measured_values(tested.validation), "test": measured_values(tested.test)}
     values = {"unit": asdict(tested.unit), "general": _general_values(tested.general)} | splits
-    return values | {"where": _where_values(tested.where)}
+    return values | {"where": _if_known(asdict, tested.where)}
 
 
 def tested_from(values: dict[str, Any]) -> Tested:
@@ -209,31 +209,25 @@ def tested_from(values: dict[str, Any]) -> Tested:
     return Tested(unit_from(values["unit"]), validation, test, _general_from(values["general"]), _where_from(values))
 
 
-def _where_values(where: Host | None) -> dict[str, Any] | None:
-    return None if where is None else asdict(where)
+def _if_known(make: Callable[[Any], Any], value: Any) -> Any:
+    return None if value is None else make(value)
 
 
 def _where_from(values: dict[str, Any]) -> Host | None:
-    return None if values.get("where") is None else Host(**values["where"])
+    return _if_known(lambda where: Host(**where), values.get("where"))
 
 
 def _general_values(general: dict[str, General]) -> dict[str, Any]:
     return {
-        name: {
-            "evaluation": _evaluation_values(one.evaluation),
-            "kl": None if one.kl is None else one.kl.tolist(),
-        }
+        name: {"evaluation": _evaluation_values(one.evaluation), "kl": _if_known(Tensor.tolist, one.kl)}
         for name, one in general.items()
     }
 
 
 def _general_from(values: dict[str, Any]) -> dict[str, General]:
+    double = functools.partial(torch.tensor, dtype=torch.float64)
     return {
-        name: General(
-            _evaluation_from(one["evaluation"]),
-            None if one["kl"] is None else torch.tensor(one["kl"], dtype=torch.float64),
-        )
-        for name, one in values.items()
+        name: General(_evaluation_from(one["evaluation"]), _if_known(double, one["kl"])) for name, one in values.items()
     }
 
 

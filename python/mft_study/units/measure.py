@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from mft.evaluation.evaluate import Evaluation, evaluate
+from mft.evaluation.evaluate import evaluate
 from mft.evaluation.exact_match import exact_matches
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.training.loop import NonFiniteLoss
@@ -28,9 +28,13 @@ def evaluation_options(workspace: Workspace, unit: Unit, general: str | None = N
 
 def on_validation(workspace: Workspace, unit: Unit, model: nn.Module) -> Measured:
     """Evaluate model on the domain's validation split, with answers if validation chooses by them."""
-    measured = Measured(_evaluated(workspace, unit, model))
+    validation = workspace.splits(unit.domain).validation
+    evaluation = evaluate(model, validation, **evaluation_options(workspace, unit)("validation"))
+    if not math.isfinite(evaluation.loss):
+        raise NonFiniteLoss(f"the loss must stay finite, got {evaluation.loss} on validation: lower the rate")
+    measured = Measured(evaluation)
     if workspace.study.objective == REWARDS:
-        answer(workspace, model, workspace.splits(unit.domain).validation, measured)
+        answer(workspace, model, validation, measured)
     return measured
 
 
@@ -41,14 +45,6 @@ def answer(workspace: Workspace, model: nn.Module, dataset, measured: Measured) 
         rewards = workspace.study.rewards
         options = {"max_new_tokens": rewards.max_completion_tokens, "verifier": rewards.verifier}
     measured.answers, measured.questions = exact_matches(model, workspace.tokenizer, dataset, **options)
-
-
-def _evaluated(workspace: Workspace, unit: Unit, model: nn.Module) -> Evaluation:
-    options = evaluation_options(workspace, unit)
-    evaluation = evaluate(model, workspace.splits(unit.domain).validation, **options("validation"))
-    if not math.isfinite(evaluation.loss):
-        raise NonFiniteLoss(f"the loss must stay finite, got {evaluation.loss} on validation: lower the rate")
-    return evaluation
 
 
 def on_general(
