@@ -7,7 +7,7 @@ all arms are done, those that lead on validation run with more seeds if study.le
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from mft_study.arms.full import Full
@@ -18,18 +18,12 @@ from mft_study.grid import DIRECTIONS, Neighbour, OpenEnd, neighbours
 from mft_study.leaders import leading_arms
 from mft_study.outcome import Outcome, Unit
 
+Chosen = dict[str, dict[str, Setting]]  # by domain and arm
+
 _WHOLE_MODEL = 1.7  # per token, training all layers takes 1.7 times as long as half of them (small study)
 _ANSWERED = 3  # per token, answering a question once and learning from it takes 3 times as long as text
 _NOTHING = 1e-3  # nats per token: LoRA at vanishing rates ended 0.0002 from its start (once, small.yaml's problems)
 _MORE = 3  # extensions to ask for: one step of epochs and the two rates next to it
-
-
-@dataclass
-class Selection:
-    """The chosen setting of each arm whose grid is done, and how many settings were tried, by domain and arm."""
-
-    chosen: dict[str, dict[str, Setting]]
-    tried: dict[str, dict[str, int]]
 
 
 def ready(study: StudyConfig, done: Iterable[Outcome]) -> list[Unit]:
@@ -52,19 +46,20 @@ def ready(study: StudyConfig, done: Iterable[Outcome]) -> list[Unit]:
     return units
 
 
-def selection(study: StudyConfig, outcomes: Iterable[Outcome]) -> Selection:
-    """Return what validation chose with the first seed: the lowest loss of the settings that no seed made diverge."""
+def chosen_settings(study: StudyConfig, outcomes: Iterable[Outcome]) -> Chosen:
+    """Return what validation chose with the first seed, for arms whose grid is done.
+
+    It is the setting of the lowest loss among those that no seed made diverge.
+    """
     found = _Found(study, outcomes)
-    chosen: dict[str, dict[str, Setting]] = {domain: {} for domain in study.domains}
-    tried: dict[str, dict[str, int]] = {domain: {} for domain in study.domains}
+    chosen: Chosen = {domain: {} for domain in study.domains}
     for domain in study.domains:
         for arm in study.arms:
             source = study.chooser(arm)
             best = found.best(domain, source)
             if best is not None and not found.unexplored(domain, source) and not found.why_none(domain, arm):
                 chosen[domain][arm] = best
-            tried[domain][arm] = len(found.losses(domain, source))
-    return Selection(chosen, tried)
+    return chosen
 
 
 def without_result(study: StudyConfig, outcomes: Iterable[Outcome]) -> dict[str, dict[str, str]]:
@@ -95,7 +90,7 @@ def best_so_far(study: StudyConfig, outcomes: Iterable[Outcome]) -> dict[tuple[s
 def chosen_units(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
     """Return the units that test will see, for every domain, arm and seed. Call it when ready() is empty."""
     outcomes = list(outcomes)
-    chosen, found = selection(study, outcomes).chosen, _Found(study, outcomes)
+    chosen, found = chosen_settings(study, outcomes), _Found(study, outcomes)
     return [
         Unit(domain, arm, seed, chosen[domain][arm])
         for domain in study.domains
@@ -105,19 +100,19 @@ def chosen_units(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
     ]
 
 
-def start_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> Unit | None:
+def start_of(study: StudyConfig, chosen: Chosen, unit: Unit) -> Unit | None:
     """Return the run at whose end a unit starts; None if it starts at the base model."""
     arm = study.start_of(unit.arm)
     return None if arm is None else Unit(unit.domain, arm, unit.seed, chosen[unit.domain][arm])
 
 
-def starts_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> list[Unit]:
+def starts_of(study: StudyConfig, chosen: Chosen, unit: Unit) -> list[Unit]:
     """Return the runs that lead from the base model to the start of a unit, in order."""
     before = start_of(study, chosen, unit)
     return [] if before is None else [*starts_of(study, chosen, before), before]
 
 
-def teachers_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> list[Unit] | None:
+def teachers_of(study: StudyConfig, chosen: Chosen, unit: Unit) -> list[Unit] | None:
     """Return the runs that lead from the base model to a unit's teacher, in order; None if it has no teacher."""
     teacher = study.arms[unit.arm if not unit.part else str(study.arms[unit.arm].of)].teacher
     if teacher is None:
@@ -128,7 +123,7 @@ def teachers_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit:
     return [*starts_of(study, chosen, last), last]
 
 
-def source_of(study: StudyConfig, chosen: dict[str, dict[str, Setting]], unit: Unit) -> Unit | None:
+def source_of(study: StudyConfig, chosen: Chosen, unit: Unit) -> Unit | None:
     """Return the run that a unit is made of; None unless its arm is derived and has settings of its own."""
     config = study.arms[unit.arm]
     if config.of is None or isinstance(config, Average):
@@ -144,10 +139,14 @@ def parts_of(study: StudyConfig, unit: Unit) -> list[Unit]:
     return [replace(unit, arm=str(config.of)), *(replace(unit, part=part) for part in range(1, config.runs))]
 
 
-def units_left(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
-    """Return the units still to be trained, as far as known. If nothing is chosen, the middle of the grid stands in."""
-    found, left = _Found(study, outcomes), []
+def left_to_do(study: StudyConfig, outcomes: Iterable[Outcome], tested: Iterable[Unit]) -> tuple[int, float]:
+    """Return how many units and test evaluations are left, as far as known, and their work (see work_of).
+
+    If nothing is chosen for an arm, the middle of its grid stands in.
+    """
+    found, seen, number, work = _Found(study, outcomes), list(tested), 0, 0.0
     for domain in study.domains:
+        tests = -sum(unit.domain == domain for unit in seen)
         for arm, config in study.arms.items():
             if found.why_none(domain, arm):
                 continue
@@ -160,18 +159,9 @@ def units_left(study: StudyConfig, outcomes: Iterable[Outcome]) -> list[Unit]:
                 units += [part for unit in units for part in parts_of(study, unit)[1:]]
             elif untried := found.unexplored(domain, arm):
                 units = [*units[1:], *(Unit(domain, arm, seeds[0], setting) for setting in untried)]
-            left += [unit for unit in units if unit not in found.by_unit]
-    return left
-
-
-def left_to_do(study: StudyConfig, outcomes: Iterable[Outcome], tested: Iterable[Unit]) -> tuple[int, float]:
-    """Return how many units and test evaluations are left, as far as known, and their work (see work_of)."""
-    outcomes = list(outcomes)
-    units, found, seen = units_left(study, outcomes), _Found(study, outcomes), list(tested)
-    number, work, without = len(units), sum(work_of(study, unit) for unit in units), without_result(study, outcomes)
-    for domain in study.domains:
-        tests = sum(len(found.seeds_of(domain, arm)) for arm in study.arms if arm not in without[domain])
-        tests -= sum(unit.domain == domain for unit in seen)
+            left = [unit for unit in units if unit not in found.by_unit]
+            tests, number = tests + len(seeds), number + len(left)
+            work += sum(work_of(study, unit) for unit in left)
         number, work = number + tests, work + tests * _work_on_test(study, domain)
     return number, work
 

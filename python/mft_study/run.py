@@ -20,13 +20,13 @@ from mft_study.evidence.power import power_lines, shortage_lines
 from mft_study.evidence.sums import document_hashes
 from mft_study.outcome import Findings, Outcome, Tested, Unit
 from mft_study.plan import (
+    chosen_settings,
     chosen_units,
     left_to_do,
     notes,
     open_ends,
     parts_of,
     ready,
-    selection,
     sorted_outcomes,
     source_of,
     starts_of,
@@ -181,7 +181,7 @@ class _Run:
         self.outcomes = {outcome.unit: outcome for outcome in self.store.outcomes()}
         if self._same_processor:
             check_processor(list(self.outcomes.values()))
-        self.chosen = selection(self.study, self.outcomes.values()).chosen
+        self.chosen = chosen_settings(self.study, self.outcomes.values())
         self.shown.kept(len(self.outcomes) - known)
 
     def _look_at_tests(self, units: list[Unit]) -> None:
@@ -290,7 +290,7 @@ class _Run:
             # The chosen run of this arm decides which outcomes of the arms after it still belong to the study.
             self.outcomes = {kept.unit: kept for kept in self.store.outcomes()}
             self.shown.kept(len(self.outcomes) - known)
-        self.chosen = selection(self.study, self.outcomes.values()).chosen
+        self.chosen = chosen_settings(self.study, self.outcomes.values())
         self.store.prune(self.outcomes.values(), self.chosen)
 
     def _take_tested(self, tested: Tested, begun: _Begun) -> None:

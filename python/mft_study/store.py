@@ -39,7 +39,7 @@ from mft_study.evidence.reserve import open_reserve, opened_by
 from mft_study.evidence.sums import FILE as SUMS
 from mft_study.load import study_values
 from mft_study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
-from mft_study.plan import best_so_far, selection, source_of, start_of, teachers_of
+from mft_study.plan import Chosen, best_so_far, chosen_settings, source_of, start_of, teachers_of
 from mft_study.shared.claims import Alone, Claims, Joined
 from mft_study.shared.leases import FOLDER, JOINED, Leases, Pace, open_leases
 
@@ -73,7 +73,6 @@ _OF_ANSWERS = ("max_completion_tokens", "verifier")  # keys of rewards: how a mo
 _OPTIONS = ("config", "formats")  # an arm's keys with options: a setting holds the options that it ran with
 _CHOOSES = ("max_bytes",)  # decides which setting is chosen, but not the result of a setting
 
-Chosen = dict[str, dict[str, Setting]]
 Result = TypeVar("Result", Outcome, Tested)
 
 
@@ -224,7 +223,7 @@ class Store:
                 and all(needed in chosen.get(unit.domain, {}) for needed in self._of_key(unit.arm))
                 and key == self.key(unit, chosen)
             ]
-            chosen = selection(self.study, valid).chosen
+            chosen = chosen_settings(self.study, valid)
             arms = [arm for arm in arms if arm not in ready]
         return valid
 

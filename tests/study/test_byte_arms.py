@@ -19,7 +19,7 @@ from mft_study.arms.kinds import KINDS, make_arm
 from mft_study.arms.setting import Setting
 from mft_study.arms.weights import with_weights
 from mft_study.bases import Bases
-from mft_study.plan import best_so_far, selection, without_result
+from mft_study.plan import best_so_far, chosen_settings, without_result
 from mft_study.units.job import arm_of, ground_of, model_of
 from mft_study.units.run import run_test, run_unit
 from mft_study.workspace import Workspace
@@ -233,17 +233,20 @@ def test_ranks_are_a_grid_and_one_rank_is_no_choice():
 def test_what_stores_more_than_the_most_is_tried_and_not_chosen():
     study = study_of()
     done = better_and_larger_by_rank(study)
-    found = selection(study, done)
-    assert found.chosen["code"]["arm"] == best_so_far(study, done)["code", "arm"] == Setting(1e-3, 1.0, rank=2)
-    assert found.tried["code"]["arm"] == 9
+    assert (
+        chosen_settings(study, done)["code"]["arm"]
+        == best_so_far(study, done)["code", "arm"]
+        == Setting(1e-3, 1.0, rank=2)
+    )
+    assert len({one.unit.setting for one in done if one.unit.arm == "arm"}) == 9
     assert {o.unit.setting for o in done if o.unit.seed == 1 and o.unit.arm == "arm"} == {Setting(1e-3, 1.0, rank=2)}
     free = study_of(make_arm("lora", lrs=RATES, lora_ranks=[4, 1, 2]))
-    assert selection(free, done).chosen["code"]["arm"] == Setting(1e-3, 1.0, rank=4)
+    assert chosen_settings(free, done)["code"]["arm"] == Setting(1e-3, 1.0, rank=4)
 
 
 def test_the_bytes_of_the_most_itself_are_not_too_many():
     study = study_of(make_arm("lora", lrs=RATES, lora_ranks=[4, 1, 2], max_bytes=400))
-    assert selection(study, better_and_larger_by_rank(study)).chosen["code"]["arm"].rank == 4
+    assert chosen_settings(study, better_and_larger_by_rank(study))["code"]["arm"].rank == 4
 
 
 def test_an_arm_none_of_whose_settings_is_small_enough_has_no_result_and_its_key_is_named():

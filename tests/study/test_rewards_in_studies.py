@@ -16,7 +16,7 @@ from mft_study.arms.setting import Setting
 from mft_study.bases import Bases
 from mft_study.load import load_study, study_values
 from mft_study.outcome import Measured, Outcome, Unit
-from mft_study.plan import selection
+from mft_study.plan import chosen_settings
 from mft_study.report.rewards import rewards_remark
 from mft_study.report.write import console_report, write_study_report
 from mft_study.store import Store
@@ -145,9 +145,9 @@ def test_validation_chooses_by_exact_answers_and_between_equals_by_loss(done):
     study, arm = done[0].study, "MFT"
     tried = {1e-3: measured([3, 1], 9.0), 1e-2: measured([2, 1], 0.1)}
     found = [Outcome(Unit("next", arm, 0, Setting(lr, 0.5, 0.9)), one) for lr, one in tried.items()]
-    assert selection(study, found).chosen["next"][arm].lr == 1e-3
+    assert chosen_settings(study, found)["next"][arm].lr == 1e-3
     found[1].measured = measured([1, 3], 8.0)
-    assert selection(study, found).chosen["next"][arm].lr == 1e-2
+    assert chosen_settings(study, found)["next"][arm].lr == 1e-2
     assert measured([0, 0], 1e9).choice < 11
     assert Measured(evaluation([10], [20])).choice == 2
 

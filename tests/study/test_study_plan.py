@@ -16,12 +16,12 @@ from mft_study.arms.setting import Setting
 from mft_study.config import LeadersConfig, StudyConfig
 from mft_study.outcome import Measured, Outcome, Unit
 from mft_study.plan import (
+    chosen_settings,
     chosen_units,
     left_to_do,
     notes,
     parts_of,
     ready,
-    selection,
     sorted_outcomes,
     source_of,
     starts_of,
@@ -139,9 +139,7 @@ def test_a_rate_that_diverges_is_a_trial_but_is_not_chosen():
 
     study = make()
     done = play(study, loss)
-    found = selection(study, done)
-    assert found.chosen["code"]["control"].lr == 1e-3
-    assert found.tried["code"]["control"] == 3
+    assert chosen_settings(study, done)["code"]["control"].lr == 1e-3
     assert "code, control, lr 0.01, epochs 1, seed 0: the loss must stay finite, got nan" in notes(study, done)
 
 
@@ -151,7 +149,7 @@ def test_a_setting_that_diverges_with_another_seed_gives_way_to_the_next_best():
 
     study = make()
     done = play(study, loss)
-    assert selection(study, done).chosen["code"]["control"].lr == 1e-2
+    assert chosen_settings(study, done)["code"]["control"].lr == 1e-2
     assert tried(done, "control", seed=1) == [1e-3, 1e-2]
     assert {unit.setting.lr for unit in chosen_units(study, done) if unit.setting.lr} == {1e-2}
 
@@ -160,7 +158,7 @@ def test_a_part_that_diverges_takes_its_arm_to_another_setting_too():
     def loss(unit):
         return math.inf if unit.part == 2 and unit.setting.lr == 1e-3 else bowl(1.2e-3)(unit)
 
-    chosen = selection(make(), play(make(), loss)).chosen["code"]
+    chosen = chosen_settings(make(), play(make(), loss))["code"]
     assert chosen["MFT"] == chosen["mean"] == Setting(1e-2, 1.0, 0.9)
 
 
@@ -195,7 +193,7 @@ def test_what_is_chosen_depends_neither_on_order_nor_on_interruptions_nor_on_wor
     whole = play(study, loss)
     cut = data.draw(st.integers(0, len(whole)))
     again = play(study, loss, done=whole[:cut], order=random.Random(seed), workers=workers)
-    assert selection(study, again) == selection(study, whole)
+    assert chosen_settings(study, again) == chosen_settings(study, whole)
     assert [o.unit for o in sorted_outcomes(study, again)] == [o.unit for o in sorted_outcomes(study, whole)]
 
 
@@ -226,7 +224,7 @@ def test_an_arm_waits_for_where_it_begins_and_for_what_it_is_made_of():
 def test_starts_lead_from_the_base_to_where_a_unit_begins_and_a_source_is_the_chosen_run():
     study = make(CHAIN)
     done = play(study, bowl(1e-3))
-    chosen = selection(study, done).chosen
+    chosen = chosen_settings(study, done)
     unit = Unit("code", "mask on control", 1, Setting(1e-3, 1.0, 0.9))
     full, control = Unit("code", "full", 1, Setting(1e-3, 1.0)), Unit("code", "control", 1, Setting(1e-3, 1.0))
     assert starts_of(study, chosen, unit) == [full, control]

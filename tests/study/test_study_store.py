@@ -9,7 +9,7 @@ from mft.evaluation.evaluate import Evaluation
 from mft_study import outcome as outcomes
 from mft_study.arms.setting import Setting
 from mft_study.outcome import Measured, Outcome, Unit, outcome_from, outcome_values
-from mft_study.plan import selection
+from mft_study.plan import chosen_settings
 from mft_study.store import Store, open_store
 
 ARMS = """
@@ -31,7 +31,7 @@ def filled(tmp_path, loss=None, **options):
     study = study_of(tmp_path, **options)
     loss = loss or bowl(1e-2)
     done = play(study, loss)
-    chosen = selection(study, done).chosen
+    chosen = chosen_settings(study, done)
     with open_store(study, tmp_path / "run") as store:
         for one in done:
             store.tell_outcome(one, store.path(one.unit, chosen))

@@ -16,7 +16,7 @@ from mft_study.arms.weights import load_weights, with_weights
 from mft_study.bases import Bases
 from mft_study.load import load_study
 from mft_study.outcome import Unit
-from mft_study.plan import selection, starts_of
+from mft_study.plan import chosen_settings, starts_of
 from mft_study.report.table import reference_of
 from mft_study.store import STUDY, Store, open_store
 from mft_study.units.job import Job
@@ -40,7 +40,7 @@ class Finished:
         self.study, self._store = store.study, store
         self.workspace = Workspace(self.study, Bases(self.study, store.directory))
         self.outcomes = store.outcomes()
-        self._chosen = selection(self.study, self.outcomes).chosen
+        self._chosen = chosen_settings(self.study, self.outcomes)
 
     def arm(self, kind: type[Arm]) -> str:
         name = self.study.named(kind)
