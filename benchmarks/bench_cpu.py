@@ -16,7 +16,7 @@ from mft_kernels.timing import Samples, time_interleaved, time_within
 from . import layer_competitors as layers
 from .cpu_ceilings import DTYPES, CpuCeilings
 from .cpu_targets import EAGER_BOUND, NARROW, SQUARE, bound
-from .harness import Finding, Spread, chosen, instruction_set, ratio, report
+from .harness import Finding, Spread, chosen, compared, instruction_set, ratio, report
 from .layer_competitors import DENSE, EAGER, FROM_SCORES, HELD, IN_PLACE, LayerCompetitors, inputs_of
 from .roofline import count_work
 from .side_by_side import SideBySide
@@ -101,20 +101,11 @@ class Measured:
         ]
 
     def _row(self, case: Case, name: str, samples: Samples, ceilings: CpuCeilings) -> dict:
-        time = Spread.of(samples[name])
         work = count_work(
             case.op, layers.FORMS[self.backends.as_ours(name)], case.m, case.n, case.k, DTYPES[case.dtype]
         )
-        to_dense = Spread.of([a / b for a, b in zip(samples[name], samples[DENSE])])
-        return {
-            **vars(case),
-            "competitor": name,
-            "ms": vars(time),
-            "ratio": vars(to_dense),
-            "rounds": len(samples[name]),
-            "share": ceilings.share(case.op, case.dtype, work, time.median),
-            "target": _bound(case, name),
-        }
+        share = ceilings.share(case.op, case.dtype, work, Spread.of(samples[name]).median)
+        return {**vars(case), **compared(samples, name, DENSE), "share": share, "target": _bound(case, name)}
 
 
 def measure(measured: Measured, ceilings: CpuCeilings, cases: Iterable[Case], seconds: float) -> None:

@@ -22,7 +22,7 @@ from mft_kernels import MaskedGroupedLinear
 from mft_kernels.timing import Samples, time_within
 
 from .cpu_ceilings import DTYPES
-from .harness import Finding, Spread, chosen, ratio, report
+from .harness import Finding, Spread, chosen, compared, ratio, report
 from .layer_competitors import FROM_SCORES, HELD
 from .rivals import KEEP_RATIO
 from .tables import experts_case_name
@@ -146,15 +146,8 @@ class Competitors:
 def rows_of(case: Mapping[str, Any], samples: Samples) -> list[dict[str, Any]]:
     """Return one row per competitor: times, and ratios to grouped_mm."""
     return [
-        {
-            **case,
-            "competitor": name,
-            "ms": vars(Spread.of(times)),
-            "ratio": vars(Spread.of([a / b for a, b in zip(times, samples[GROUPED])])),
-            "rounds": len(times),
-            "target": BOUND if name in (FROM_SCORES, HELD) else None,
-        }
-        for name, times in samples.items()
+        {**case, **compared(samples, name, GROUPED), "target": BOUND if name in (FROM_SCORES, HELD) else None}
+        for name in samples
     ]
 
 

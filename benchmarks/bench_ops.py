@@ -15,7 +15,7 @@ from mft_kernels.timing import Samples, time_within
 from . import cpu_targets
 from . import layer_competitors as layers
 from . import matrix_competitors as matrices
-from .harness import Finding, Spread, chosen, instruction_set, ratio, report
+from .harness import Finding, Spread, chosen, compared, instruction_set, ratio, report
 from .layer_competitors import LayerCompetitors, inputs_of
 from .roofline import Ceilings, count_work
 from .side_by_side import SideBySide
@@ -92,14 +92,11 @@ class Measured:
         return [self._row(*timed) for timed in self._timed]
 
     def _row(self, case: Case, name: str, form: str, samples: Samples) -> dict:
-        time = Spread.of(samples[name])
-        baseline = next((values for other, values in samples.items() if other != name), samples[name])
-        row = {"op": case.op, "n": case.n, "k": case.k, "m": case.m, "competitor": name, "ms": vars(time)}
-        to_baseline = Spread.of([a / b for a, b in zip(samples[name], baseline)])
-        row |= {"ratio": vars(to_baseline), "rounds": len(samples[name])}
+        baseline = next((other for other in samples if other != name), name)
+        row = vars(case) | compared(samples, name, baseline)
         if form:
             work = count_work(case.op, form, case.m, case.n, case.k)
-            row |= {**vars(work), "share": self.ceilings.share(work, time.median)}
+            row |= {**vars(work), "share": self.ceilings.share(work, Spread.of(samples[name]).median)}
         return row
 
 

@@ -86,6 +86,13 @@ def ratio(
     return Finding(f"{above} / {below}{suffix}", Spread.of(values), "x", rule, bound)
 
 
+def compared(samples: Samples, name: str, baseline: str) -> dict[str, object]:
+    """Return what a row of a record says of a competitor: ms, and the ratio to a baseline, round by round."""
+    times = samples[name]
+    to_baseline = Spread.of([a / b for a, b in zip(times, samples[baseline])])
+    return {"competitor": name, "ms": vars(Spread.of(times)), "ratio": vars(to_baseline), "rounds": len(times)}
+
+
 def check_built_of(sources: Path, report: Path) -> None:
     """Raise RuntimeError if the CPU library was built from other sources than those of the commit."""
     if not sources.is_dir() or not report.is_file():
@@ -179,7 +186,6 @@ def report(
     question: str,
     title: str,
     findings: list[Finding],
-    device: str = "cpu",
     *,
     printed: bool = True,
     **details: object,
@@ -188,7 +194,7 @@ def report(
     print(f"\n{title}")
     if printed:
         print_aligned([("", "median [spread]", "target", ""), *(finding.row() for finding in findings)])
-    return write_record(question, title, findings, _folder, device, **details)
+    return write_record(question, title, findings, _folder, **details)
 
 
 def print_aligned(rows: Sequence[Sequence[str]]) -> None:
@@ -198,10 +204,8 @@ def print_aligned(rows: Sequence[Sequence[str]]) -> None:
         print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip(), flush=True)
 
 
-def write_record(
-    question: str, title: str, findings: list[Finding], folder: Path, device: str = "cpu", **details: object
-) -> Path:
-    """Write <question>-<device>.json into folder; for a CPU the name has the instruction set (see records.py)."""
+def write_record(question: str, title: str, findings: list[Finding], folder: Path, **details: object) -> Path:
+    """Write a record into folder, under the name that records.py gives it, and return its path."""
     record = {
         "question": question,
         "title": title,
@@ -210,7 +214,7 @@ def write_record(
         "findings": [{**asdict(finding), "met": finding.met} for finding in findings],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (file_name(question, instruction_set()) if device == "cpu" else f"{question}-{device}.json")
+    path = folder / file_name(question, instruction_set())
     path.write_text(one_line_an_entry(record))
     return path
 
