@@ -3,7 +3,7 @@
 The folder holds sources and tests, and the libraries from mft_kernels with _build.json. On that machine: cd FOLDER &&
 make gpu OUT=results. BUNDLE.json names the commit and what the CUDA library lacks.
 
-Exit code: 0 complete; 2 too large, nothing was written; 3 written, but the CUDA library lacks something.
+Exit code: 0 complete; 2 nothing was written; 3 written, but the CUDA library lacks something.
 """
 
 import json
@@ -26,21 +26,15 @@ _FILES = ("Makefile", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md")
 _LEFT_OUT = frozenset({"__pycache__", RESULTS.name, ".pytest_cache"})
 
 
-class TooLarge(ValueError):
-    """The bundle is too large to be carried."""
-
-
 def write(folder: Path) -> list[str]:
     """Create the folder again and return in words what the CUDA library lacks.
 
-    Raises:
-        TooLarge: before anything is written.
-        ValueError: the folder exists and is something else.
+    Raises: ValueError, before anything is written, if the bundle is too large, or the folder exists and is none.
     """
     files = dict(_files())
     size = sum(path.stat().st_size for path in files.values())
     if size > MOST_BYTES:
-        raise TooLarge(f"the bundle must be at most {MOST_BYTES / 1e6:g} MB, got {size / 1e6:.1f} MB")
+        raise ValueError(f"the bundle must be at most {MOST_BYTES / 1e6:g} MB, got {size / 1e6:.1f} MB")
     lacks = lacking(report("cuda"))
     if folder.exists():
         if not (folder / MANIFEST).exists():
@@ -73,7 +67,7 @@ def main(arguments: list[str]) -> int:
     folder = Path(arguments[0]) if arguments else ROOT / "build" / "gpu-bundle"
     try:
         lacks = write(folder)
-    except TooLarge as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

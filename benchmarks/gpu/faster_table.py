@@ -1,7 +1,7 @@
 """Make the table by which "auto" takes CUDA's kernels (backends/faster.py) from a run, if they were correct."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .cases import AUTO, AUTO_PACKED, CUDA, CUDA_CHECKS, CUDA_PACKED, FUSED, SANITIZERS
@@ -77,38 +77,31 @@ def _ops(records: Sequence[Record]) -> Iterable[tuple[str, list[str], list[_Time
         yield op, dtypes, _of_tokens(forward)
         # A step is a forward and a backward.
         both = steps.keys() & forward.keys()
-        yield f"{op}_backward", dtypes, _of_tokens({key: _minus(steps[key], forward[key]) for key in both})
+        backward = {key: (steps[key][0] - forward[key][0], steps[key][1] - forward[key][1]) for key in both}
+        yield f"{op}_backward", dtypes, _of_tokens(backward)
     yield "masked_linear_many", [_BF16], _of_tokens(_pairs(records, "many", FUSED, CUDA))
     accumulate = _pairs(records, "accumulate", FUSED, CUDA)
     yield "accumulate_score_grad", [_BF16, "float32"], _of_tokens(accumulate)
     for op in ("kept_threshold", "pack_mask", "pack_signs"):
         for dtype in (_BF16, "float32"):
-            found = _pairs(records, "threshold", op, f"{op}, {CUDA}", _with_detail(dtype))
+            found = _pairs(records, "threshold", op, f"{op}, {CUDA}", dtype)
             yield op, [dtype], [(n * k, *times) for (n, k, _), times in found.items()]
     added = _pairs(records, "accumulate_product", FUSED, CUDA)
     yield "accumulate_product", [_BF16, "float32"], _of_tokens(added)
-
-
-def _with_detail(detail: str) -> Callable[[Record], bool]:
-    return lambda record: record["detail"] == detail
 
 
 def _of_tokens(found: Mapping[tuple[int, int, int], tuple[float, float]]) -> list[_Times]:
     return [(m, *times) for (_, _, m), times in found.items()]
 
 
-def _minus(whole: tuple[float, float], part: tuple[float, float]) -> tuple[float, float]:
-    return whole[0] - part[0], whole[1] - part[1]
-
-
 def _pairs(
-    records: Iterable[Record], what: str, auto: str, cuda: str, only: Callable[[Record], bool] = lambda _: True
+    records: Iterable[Record], what: str, auto: str, cuda: str, detail: str = ""
 ) -> dict[tuple[int, int, int], tuple[float, float]]:
     """Return {(n, k, m): medians of both} of the cases that timed both; a CUDA kernel that did not end has infinity."""
     found = {}
     for record in records:
         times = {name: sample["ms"]["median"] for name, sample in record.get("samples", {}).items() if "ms" in sample}
         times |= dict.fromkeys([cuda] if CUDA in record.get("slow", {}) else [], math.inf)
-        if record["what"] == what and only(record) and {auto, cuda} <= times.keys():
+        if (record["what"], record["detail"]) == (what, detail) and {auto, cuda} <= times.keys():
             found[record["n"], record["k"], record["m"]] = times[auto], times[cuda]
     return found

@@ -32,14 +32,9 @@ from .operands import MODE, Operands
 class Way:
     """One way to compute the products, with methods named as in cases.PRODUCTS. A way may lack some of them."""
 
-    def forward(self, o: Operands) -> Tensor:
-        raise NotImplementedError
-
-    def d_x(self, o: Operands) -> Tensor:
-        raise NotImplementedError
-
-    def d_scores(self, o: Operands) -> Tensor:
-        raise NotImplementedError
+    forward: Callable[[Operands], Tensor]
+    d_x: Callable[[Operands], Tensor]
+    d_scores: Callable[[Operands], Tensor]
 
     def accumulate(self, o: Operands) -> Tensor:
         """Add d_scores to the sums and return them."""
@@ -138,17 +133,13 @@ class Passes(Ours):
     """Triton's other way to y and d_x: a mask pass into scratch memory, and torch's product."""
 
     def forward(self, o: Operands) -> Tensor:
-        return ops.product(o.x, o.weight, _keep(o), None, choose=ops.always_scratch)
+        return ops.product(o.x, o.weight, Keep(o.scores, o.threshold, MODE), None, choose=ops.always_scratch)
 
     def d_x(self, o: Operands) -> Tensor:
-        return ops.product(o.grad, o.weight, _keep(o), None, transposed=True, choose=ops.always_scratch)
+        keep = Keep(o.scores, o.threshold, MODE)
+        return ops.product(o.grad, o.weight, keep, None, transposed=True, choose=ops.always_scratch)
 
-    def step(self, o: Operands) -> tuple[Tensor, ...]:
-        return self.forward(o), self.d_x(o), self.d_scores(o)
-
-
-def _keep(o: Operands) -> Keep:
-    return Keep(o.scores, o.threshold, MODE)
+    step = Way.step
 
 
 class Paper(Way):
