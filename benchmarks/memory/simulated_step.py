@@ -253,11 +253,6 @@ def main() -> None:
     parser.add_argument("--ways", default="plain,resident,layerwise")
     parser.add_argument("--accumulation", type=int, default=2, help="micro-batches per step")
     parser.add_argument("--batches-at-once", type=int, help="micro-batches at once in layerwise; default: all")
-    parser.add_argument(
-        "--processes", type=int, default=1, help="number of processes; one of them is simulated (for --ways sharded)"
-    )
-    parser.add_argument("--reduce-every", choices=("step", "micro_batch"), default="step", help="for sharded")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--scores", default="float32")
     parser.add_argument("--moments", default="float32")
     parser.add_argument("--steps", type=int, default=2, help="steps; plain makes its moments in the first")
@@ -276,9 +271,6 @@ def main() -> None:
             batches_at_once=asked.batches_at_once,
             scores=asked.scores,
             moments=asked.moments,
-            processes=asked.processes,
-            reduces_every_batch=asked.reduce_every == "micro_batch",
-            gradient_checkpointing=asked.gradient_checkpointing,
         )
         expected = estimate(shape_from_config(config, asked.model), workload)
         found = simulate_step(config, workload, steps=asked.steps)
