@@ -1,6 +1,7 @@
 """What regimes train on the linears of all layers: weights, adapters or a mask; and the model where a run begins."""
 
 import dataclasses
+import functools
 
 from torch import nn
 
@@ -14,18 +15,9 @@ from mft_study.arms.setting import Setting
 
 from .runs import Run
 
-
-def control_arm(lrs: list[float]) -> Arm:
-    return Control("control", lrs=lrs)
-
-
-def lora_arm(lrs: list[float]) -> Arm:
-    return Lora("lora", lrs=lrs)
-
-
-def mask_arm(lrs: list[float]) -> Arm:
-    """Return a mask arm with a free threshold, the best of the stored studies."""
-    return Mask("mask", lrs=lrs, mode="value", threshold=0.0)
+# Arms without their rates; the mask's threshold is free, the best of the stored studies.
+control_arm, lora_arm = functools.partial(Control, "control"), functools.partial(Lora, "lora")
+mask_arm = functools.partial(Mask, "mask", mode="value", threshold=0.0)
 
 
 def ground_of(model: nn.Module, arm: Arm, run: Run) -> Ground:

@@ -56,7 +56,7 @@ CLIENTS = (
 class Way:
     """What is trained, how clients and server join it, and the rates to choose from."""
 
-    arm: Callable[[list[float]], Arm]
+    arm: Callable[..., Arm]
     federation: Callable[[Arm, Ground], Federation]
     rates: list[float]
 
@@ -94,7 +94,7 @@ class Federated(Regime):
         """Return NATS: by client, for each document of its test files; UP: by round, each client's bytes."""
         model, tokenizer = load_base(base)
         splits, way = self.splits(tokenizer, run.seed), WAYS[run.arm]
-        arm = way.arm(self.rates[run.arm])
+        arm = way.arm(lrs=self.rates[run.arm])
         ground = ground_of(model, arm, run)
         federation, up, curve = way.federation(arm, ground), [], []
         for number in range(self.rounds):

@@ -55,7 +55,7 @@ BOUND = "joint"
 class Way:
     """What is trained, how tasks follow each other, and the rates to choose from."""
 
-    arm: Callable[[list[float]], Arm]
+    arm: Callable[..., Arm]
     learner: Callable[..., Learner]
     rates: list[float]
 
@@ -101,7 +101,7 @@ class SequentialTasks(Regime):
         """Return NATS: by task, each test document's nats before the first stage and after each; ORDER of the tasks."""
         model, tokenizer = load_base(base)
         splits, order, way = self.splits(tokenizer, run.seed), self.order(run.seed), WAYS[run.arm]
-        arm = way.arm(self.rates[run.arm])
+        arm = way.arm(lrs=self.rates[run.arm])
         train = dataclasses.replace(self.train, lr=run.lr, seed=run.seed)
         learner = way.learner(arm, ground_of(model, arm, run), train)
         nats: dict[str, list[list[float]]] = {task: [] for task in order}

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -346,13 +345,9 @@ class Ground:
 
         return [weight_name(self.start, name) for name in self.layers]
 
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Return the shape of each of these weights: (N, K), or (E, N, K) for experts."""
-        return [tuple(self.start.get_parameter(name).shape) for name in self.weight_names()]
-
     def numbers(self) -> int:
         """Return how many numbers these weights have in all."""
-        return sum(map(math.prod, self.shapes()))
+        return sum(self.start.get_parameter(name).numel() for name in self.weight_names())
 
 
 _FIELDS = dataclasses.fields(Arm)
