@@ -95,7 +95,7 @@ class Outcome:
     flips: float | None = None  # for masks: share of the bits that differ from the initial ones
     bytes: int | None = None  # what must be stored besides the start (see arms/size.py)
     resident: int | None = None  # bytes in memory besides the start while the model runs
-    memory: int | None = None  # bytes while it trained, without activations (see arms/memory.py)
+    memory: int | None = None  # bytes while it trained, without activations (see arms/size.py)
     general: dict[str, "General"] = field(default_factory=dict)  # on validation, by the name of the text
     diverged: str | None = None
     fails: bool = False  # at every rate: the method cannot be run, loaded again or merged; diverged says why

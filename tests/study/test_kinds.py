@@ -12,8 +12,7 @@ from tiny_study import FULL, make_study, run_quietly
 from mft.checks import at_least
 from mft_study.arms.arm import TRAINING, Arm
 from mft_study.arms.kinds import KINDS, class_of, make_arm
-from mft_study.arms.memory import trained_weight_bytes
-from mft_study.arms.size import NUMBER
+from mft_study.arms.size import NUMBER, trained_weight_bytes
 from mft_study.load import load_study, study_schema, study_values
 from mft_study.outcome import Unit
 from mft_study.report.dominance import rivals_of

@@ -16,7 +16,7 @@ from mft.masks.quantize import quantize_model
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.codes.weight import QuantizedWeight, quantized_weights
 from mft.models.linears import weight_name
-from mft_study.arms.memory import score_bytes
+from mft_study.arms.size import score_bytes
 from mft_study.arms.weights import with_weights
 from mft_study.bases import Bases
 from mft_study.load import load_study

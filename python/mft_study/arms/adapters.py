@@ -11,9 +11,8 @@ from mft.checks import check_rule
 from mft.config import MaskConfig, TrainConfig
 from mft.files.figure import COLOURS
 from mft_study.arms.arm import LEARNING, ON_LAYERS, Arm, Ground, parse_arm_layers
-from mft_study.arms.memory import ADAPTER_BYTES
 from mft_study.arms.setting import Setting
-from mft_study.arms.size import NUMBER
+from mft_study.arms.size import ADAPTER_BYTES, NUMBER
 from mft_study.arms.weights import Weights, with_weights
 from mft_study.peft_methods import (
     BESIDE_LINEARS,

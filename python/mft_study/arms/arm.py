@@ -42,9 +42,8 @@ from mft.config import (
 )
 from mft.files.figure import COLOURS
 from mft.rewards.teacher import check_prompt
-from mft_study.arms.memory import trained_weight_bytes
 from mft_study.arms.setting import CHOICES, Setting
-from mft_study.arms.size import NUMBER, model_numbers
+from mft_study.arms.size import NUMBER, model_numbers, trained_weight_bytes
 from mft_study.arms.weights import Weights, load_weights, with_weights
 
 if TYPE_CHECKING:
@@ -283,7 +282,7 @@ class Arm:
         return self.stored_bytes(ground, model)
 
     def training_bytes(self, ground: Ground, train: TrainConfig) -> int:
-        """Return the bytes in memory while it trains, besides its start's weights (memory.py). Here: all weights."""
+        """Return the bytes in memory while it trains, besides its start's weights (size.py). Here: all weights."""
         return trained_weight_bytes(ground.base, model_numbers(ground.base))
 
 

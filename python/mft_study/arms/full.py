@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from mft.config import TrainConfig
 from mft.files.figure import COLOURS
 from mft_study.arms.arm import LEARNING, ON_LAYERS, TRAINING, Arm, Ground
-from mft_study.arms.memory import trained_weight_bytes
-from mft_study.arms.size import NUMBER, model_numbers
+from mft_study.arms.size import NUMBER, model_numbers, trained_weight_bytes
 from mft_study.arms.weights import Weights
 
 if TYPE_CHECKING:

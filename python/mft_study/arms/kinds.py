@@ -10,10 +10,9 @@ from mft_study.arms.arm import Arm
 from mft_study.arms.coded import Coded
 from mft_study.arms.compressed import BitDelta, SparseDelta, Ternary
 from mft_study.arms.full import Base, Continued, Control, Full
-from mft_study.arms.in_codes import InCodes
 from mft_study.arms.masks import Mask, OneShot
 from mft_study.arms.means import Average, Interpolated
-from mft_study.arms.quantized import Quantized
+from mft_study.arms.quantized import InCodes, Quantized
 from mft_study.arms.temperature import Temperature
 
 KINDS: dict[str, type[Arm]] = {

@@ -12,7 +12,7 @@ from mft.checks import SHARE, check_rule
 from mft.config import BUDGET, DATA_INITS, INITS, MaskConfig, TrainConfig
 from mft.files.figure import COLOURS
 from mft_study.arms.arm import LEARNING, ON_LAYERS, Arm, Ground
-from mft_study.arms.memory import score_bytes
+from mft_study.arms.size import score_bytes
 from mft_study.arms.weights import Weights
 
 if TYPE_CHECKING:
