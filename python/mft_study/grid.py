@@ -65,14 +65,12 @@ def neighbours(best: Setting, grid: Collection[Setting], tried: Collection[Setti
 def _beyond(name: str, values: list[float], above: bool) -> float:
     """Return the next value beyond an end, to three digits."""
     end, inner = (values[-1], values[-2]) if above else (values[0], values[1])
-    return _beyond_ratio(end, inner) if name == "keep_ratio" else _rounded(end * (end / inner))
-
-
-def _beyond_ratio(end: float, inner: float) -> float:
-    """Return the next keep ratio: scale the dropped share, or the kept one if that would drop everything."""
-    dropped, before = 1 - end, 1 - inner
-    further = _rounded(dropped * (dropped / before)) if before else 1.0
-    return round(1 - further, 12) if further < 1 else _rounded(end * (end / inner))
+    if name == "keep_ratio":  # scale the dropped share, or the kept one if that would drop everything
+        dropped, before = 1 - end, 1 - inner
+        further = _rounded(dropped * (dropped / before)) if before else 1.0
+        if further < 1:
+            return round(1 - further, 12)
+    return _rounded(end * (end / inner))
 
 
 def _rounded(value: float) -> float:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from mft.config import DataConfig
 from mft.data.batches import take_rows
 from mft.data.splits import Splits, load_splits
 from mft.masks.quantize import coded_shapes
@@ -46,9 +45,7 @@ class Workspace:
         self.base: Any = self._base_of(study.seeds[0])
         self.model: Any = self.base
         self._begun: _Begun | None = None
-        self._splits: dict[tuple[str, int], Splits] = {}
-        self._general: dict[str, Splits] = {}
-        self._questions: dict[tuple[str, int], Splits] = {}
+        self._splits: dict[tuple[str, str, int], Splits] = {}  # by section, name and the seed that draws its rows
         self._memories: dict[_Begun, dict[tuple[str | None, str, int], PrefixMemory]] = {}
         self._teacher: tuple[_Begun, RememberedTeacher] | None = None
         self._teaching: tuple[_Begun, nn.Module] | None = None
@@ -63,18 +60,14 @@ class Workspace:
 
     def splits(self, domain: str) -> Splits:
         """Return the splits of a domain; the training rows may depend on the seed that was begun."""
-        return self._drawn_splits(self._splits, domain, self.study.domains[domain])
+        return self._splits_of("domains", domain)
 
     def general(self, name: str) -> Splits:
-        if name not in self._general:
-            self._general[name] = load_splits(self.study.general[name], self.tokenizer)
-        return self._general[name]
+        return self._splits_of("general", name)
 
     def questions(self, domain: str) -> Splits:
         """Return the splits whose training rows are asked as questions: the domain's own unless others are declared."""
-        if domain not in self.study.questions:
-            return self.splits(domain)
-        return self._drawn_splits(self._questions, domain, self.study.questions[domain])
+        return self._splits_of("questions" if domain in self.study.questions else "domains", domain)
 
     def begin(self, domain: str, starts: tuple[Path, ...], seed: int) -> None:
         """Set model to the seed's base model with these trained weights, one file after the other."""
@@ -145,12 +138,14 @@ class Workspace:
             self._loaded[config.name] = model
         return self._loaded[config.name]
 
-    def _drawn_splits(self, held: dict[tuple[str, int], Splits], name: str, data: DataConfig) -> Splits:
-        """Return the splits of data; if seeds draw the training rows, those of the seed that was begun."""
-        drawn = self._seed if VARY_DATA in self.study.vary else 0
-        if (name, drawn) not in held:
-            held[name, drawn] = load_splits(dataclasses.replace(data, seed=data.seed + drawn), self.tokenizer)
-        return held[name, drawn]
+    def _splits_of(self, section: str, name: str) -> Splits:
+        """Return the splits of declared data; if seeds draw the training rows, those of the seed that was begun."""
+        drawn = self._seed if VARY_DATA in self.study.vary and section != "general" else 0
+        key = section, name, drawn
+        if key not in self._splits:
+            data = getattr(self.study, section)[name]
+            self._splits[key] = load_splits(dataclasses.replace(data, seed=data.seed + drawn), self.tokenizer)
+        return self._splits[key]
 
     def _remembered_bytes(self) -> int:
         return sum(memory.nbytes for memories in self._memories.values() for memory in memories.values())

@@ -7,7 +7,6 @@ from pathlib import Path
 from torch import nn
 
 from mft_study.arms.arm import Arm, Ground, Source
-from mft_study.arms.size import weights_bytes
 from mft_study.outcome import Unit
 from mft_study.workspace import Workspace
 
@@ -65,10 +64,3 @@ def ground_of(workspace: Workspace, job: Job) -> Ground:
 def model_of(workspace: Workspace, job: Job) -> nn.Module:
     """Return the unit's model from its files, in eval mode; call it after workspace.begin."""
     return arm_of(workspace, job.unit).model(ground_of(workspace, job), job.trained)
-
-
-def training_bytes(workspace: Workspace, job: Job) -> int:
-    """Return the bytes in memory while a trained arm trains; a start over codes counts as codes."""
-    ground = ground_of(workspace, job)
-    start = weights_bytes(workspace.base, ground.codes)
-    return start + arm_of(workspace, job.unit).training_bytes(ground, workspace.study.stage)

@@ -15,10 +15,11 @@ from mft.rewards.questions import count_questions
 from mft.rewards.teacher import QUESTION, OnPolicyTeacher
 from mft.rewards.train import RewardReport, train_rewards
 from mft.training.loop import StepReport
+from mft_study.arms.size import weights_bytes
 from mft_study.arms.weights import Weights, save_weights
 from mft_study.config import REWARDS
 from mft_study.outcome import Measured, Outcome
-from mft_study.units.job import Job, arm_of, ground_of, training_bytes
+from mft_study.units.job import Job, arm_of, ground_of
 from mft_study.units.measure import on_general, on_validation
 from mft_study.workspace import Workspace
 
@@ -72,7 +73,8 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
         flips=flips,
         bytes=arm.stored_bytes(ground, best),
         resident=arm.resident_bytes(ground, best),
-        memory=training_bytes(workspace, job),
+        # a start over codes counts as codes
+        memory=weights_bytes(workspace.base, ground.codes) + arm.training_bytes(ground, workspace.study.stage),
         general=on_general(workspace, unit, best, "validation"),
     )
 
