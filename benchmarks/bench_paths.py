@@ -15,7 +15,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -220,9 +219,11 @@ def joined(records: Sequence[Mapping]) -> dict:
     return {**records[0], "cases": rows, "findings": findings}
 
 
-def write(rows: list[dict], question: str = "paths") -> Path:
-    """Print how good the choice is, and store everything."""
-    return report(
+def answer(question: str, shapes: Shapes, seconds: float) -> None:
+    """Measure, print how good the choice is, and store everything."""
+    torch.manual_seed(0)
+    rows = [row for dtype in DTYPES for row in measured(dtype, shapes, seconds)]
+    report(
         question,
         f"The model's choice of a path against the best one, {torch.get_num_threads()} threads",
         findings_of(rows, instruction_set()),
@@ -233,14 +234,10 @@ def write(rows: list[dict], question: str = "paths") -> Path:
 
 def main(quick: bool = False) -> None:
     """Print and store the answer of large layers."""
-    torch.manual_seed(0)
     shapes = QUICK if quick else SLOW if instruction_set() in ("avx512", "avx2", "portable") else STORED
-    write([row for dtype in DTYPES for row in measured(dtype, shapes, 0.05 if quick else 0.2)])
+    answer("paths", shapes, 0.05 if quick else 0.2)
 
 
 def main_small(quick: bool = False) -> None:
     """Print and store the answer of small layers."""
-    torch.manual_seed(0)
-    shapes = QUICK_SMALL if quick else SMALL_LAYERS
-    rows = [row for dtype in DTYPES for row in measured(dtype, shapes, 0.05 if quick else 0.1)]
-    write(rows, "small_paths")
+    answer("small_paths", QUICK_SMALL if quick else SMALL_LAYERS, 0.05 if quick else 0.1)

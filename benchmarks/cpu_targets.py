@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from .layer_competitors import FROM_SCORES, HELD, IN_PLACE
 
 SQUARE, NARROW = (4096, 4096), (576, 1536)
-AMX, AVX512_BF16, FP32 = "AMX", "AVX512-BF16", "fp32 (AVX-512)"
 EAGER_BOUND = 1.05  # times eager PyTorch, at most, everywhere
 
 
@@ -21,10 +20,13 @@ class Target:
     shape: tuple[int, int]
     m: int
     competitor: str
-    bounds: tuple[float, float, float]  # in the order of COLUMNS
+    bounds: tuple[float, float, float]  # in the order of _COLUMNS
 
 
-COLUMNS = (AMX, AVX512_BF16, FP32)
+# The place of a bound, by dtype and instruction set.
+_COLUMNS = {("bf16", "amx"): 0, ("bf16", "avx512_bf16"): 1} | {
+    ("fp32", name): 2 for name in ("amx", "avx512_bf16", "avx512")
+}
 TARGETS = (
     Target("step", SQUARE, 4096, FROM_SCORES, (1.05, 1.08, 1.05)),
     Target("step", SQUARE, 4096, HELD, (1.05, 1.08, 1.05)),
@@ -42,21 +44,13 @@ TARGETS = (
 )
 
 
-def column(instruction_set: str, dtype: str) -> str | None:
-    """Return the column of bounds for bf16 or fp32 on an instruction set; None if there is none."""
-    if dtype == "fp32":
-        return FP32 if instruction_set in ("amx", "avx512_bf16", "avx512") else None
-    return {"amx": AMX, "avx512_bf16": AVX512_BF16}.get(instruction_set)
-
-
 def bound(
     instruction_set: str, dtype: str, op: str, shape: tuple[int, int], m: int, threads: int, competitor: str
 ) -> float | None:
     """Return the upper bound in units of the dense layer; None if there is none, as with one thread."""
-    found = column(instruction_set, dtype)
-    if found is None or threads == 1:
+    place = _COLUMNS.get((dtype, instruction_set))
+    if place is None or threads == 1:
         return None
-    for target in TARGETS:
-        if (target.op, target.shape, target.m, target.competitor) == (op, shape, m, competitor):
-            return target.bounds[COLUMNS.index(found)]
-    return None
+    asked = (op, shape, m, competitor)
+    found = (one for one in TARGETS if (one.op, one.shape, one.m, one.competitor) == asked)
+    return next((target.bounds[place] for target in found), None)

@@ -81,10 +81,6 @@ class LayerCompetitors:
             self._packed = mft_kernels.pack_mask(self.scores, self.threshold)
         self._made: dict[str, Formulation] = {}
 
-    def names(self) -> list[str]:
-        """Return all competitors."""
-        return self._backends.competitors([DENSE, IN_PLACE, *OURS, EAGER, COMPILED, PAPER, LORA])
-
     def call(self, name: str, op: str, inputs: Inputs) -> Call:
         """Return a function that runs one op of a formulation. It must be called in SideBySide.around(name).
 

@@ -31,6 +31,7 @@ import torch
 
 from .harness import environment
 from .records import RESULTS
+from .tables import markdown
 
 TASKS = ("code", "math", "news", "mail", "song")
 WORDS = 512
@@ -268,11 +269,10 @@ def server(root: Path, base: str, log: Path) -> Iterator[tuple[str, subprocess.P
         process.wait()
 
 
-def check_log(load: Load, log: Path) -> list[dict[str, Any]]:
-    """Compare the log with what the clients counted. Returns: the answers in the log."""
+def check_log(load: Load, log: Path) -> None:
+    """Compare the log with what the clients counted."""
     lines = [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{")]
-    answers = [line for line in lines if line["event"] == "answer"]
-    counted = Counter(line["status"] for line in answers)
+    counted = Counter(line["status"] for line in lines if line["event"] == "answer")
     left = load.sent["left a stream"] + load.sent["left an answer"]
     late = counted[200] - load.sent["answered"]  # answers that ended before their clients left
     if not 0 <= late <= left or late + counted[499] > left:
@@ -281,7 +281,6 @@ def check_log(load: Load, log: Path) -> list[dict[str, Any]]:
         load.fail(f"the log must have no error, got {counted}")
     if not any(line["event"] == "reloaded" for line in lines):
         load.fail("the log must say that SIGHUP reloaded, got no such line")
-    return answers
 
 
 # ---------------------------------------------------------------------------------------------- the record
@@ -295,12 +294,9 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 def table(load: Load) -> str:
     """Return the latencies as Markdown."""
-    rows = ["| measured | requests | p50, ms | p99, ms |", "|---|---:|---:|---:|"]
-    for what, seconds in sorted(load.seconds.items()):
-        if len(seconds) > 1:
-            found = percentiles(seconds)
-            rows.append(f"| {what} | {found['requests']:,} | {found['p50_ms']} | {found['p99_ms']} |")
-    return "\n".join(rows)
+    found = {what: percentiles(seconds) for what, seconds in sorted(load.seconds.items()) if len(seconds) > 1}
+    rows = [[what, f"{own['requests']:,}", str(own["p50_ms"]), str(own["p99_ms"])] for what, own in found.items()]
+    return markdown(["measured", "requests", "p50, ms", "p99, ms"], rows)
 
 
 def main() -> None:

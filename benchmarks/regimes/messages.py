@@ -29,7 +29,8 @@ def encode_mask(mask: ArrayLike, known: ArrayLike | None = None) -> Message:
         At most 1 bit per weight, in rows filled up to 32 bits, plus 5 bytes per 4 million bits; 0.08 bits per weight
         if 1 % differ.
     """
-    bits = _rows(np.asarray(mask, bool) ^ _known(known, np.shape(mask)))
+    bits = np.asarray(mask, bool) ^ _known(known, np.shape(mask))
+    bits = bits.reshape(-1, bits.shape[-1])
     return np.frombuffer(rice.encode(rice.words_of(bits), bits.shape[1]), np.uint8)
 
 
@@ -81,7 +82,3 @@ def _known(known: ArrayLike | None, shape: tuple[int, ...]) -> Bits:
     found = np.ones(shape, bool) if known is None else np.asarray(known, bool)
     check_rule(found.shape == tuple(shape), "known", f"have the shape of mask {tuple(shape)}", found.shape)
     return found
-
-
-def _rows(bits: Bits) -> Bits:
-    return bits.reshape(-1, bits.shape[-1])
