@@ -207,10 +207,14 @@ class Store:
 
     def outcomes(self) -> list[Outcome]:
         """Return the stored outcomes whose keys still match the study."""
-        paths = sorted(self.directory.glob(f"{UNITS}/*/*/*.json"))
+        study, paths = self.study, sorted(self.directory.glob(f"{UNITS}/*/*/*.json"))
+
+        def is_declared(unit: Unit) -> bool:
+            return unit.domain in study.domains and unit.arm in study.arms and unit.seed in study.all_seeds
+
         self._outcomes = {path: self._outcomes.get(path) or _read_as(outcome_from, path) for path in paths}
         found = [(path.stem, outcome) for path, outcome in self._outcomes.items()]
-        known = [(key, outcome) for key, outcome in found if self._is_declared(outcome.unit)]
+        known = [(key, outcome) for key, outcome in found if is_declared(outcome.unit)]
         valid: list[Outcome] = []
         chosen: Chosen = {}
         arms = list(self.study.arms)
@@ -324,9 +328,6 @@ class Store:
 
     def _keys(self, units: list[Unit], chosen: Chosen) -> list[str]:
         return sorted(self.key(unit, chosen) for unit in units)
-
-    def _is_declared(self, unit: Unit) -> bool:
-        return unit.domain in self.study.domains and unit.arm in self.study.arms and unit.seed in self.study.all_seeds
 
     def _of_key(self, arm: str) -> list[str]:
         """Return the arms whose chosen settings enter an arm's keys. An average shares its source's setting."""

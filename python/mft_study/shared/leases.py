@@ -151,27 +151,29 @@ class Leases:
         time.sleep(self.pace.look * random.uniform(0.5, 1.5))
         os.listdir(self.folder.parent)  # as in take(): a look then finds new folders
 
-    def enter(self, prefix: str, against: tuple[str, ...]) -> None:
-        """Hold a lease of this process's own, whose name begins with prefix, while it works in the directory.
+    def enter(self, *, joins: bool) -> None:
+        """Hold a lease of this process's own while it works in the directory, alone or with others that join.
 
-        Raises: RuntimeError if a live process holds a lease with a prefix in against.
+        Raises: RuntimeError if a live process works there that does not share the directory.
         """
-        self.take(f"{prefix}{self.nonce}")
-        alive = self._alive(against)
-        if alive is not None:
-            raise RuntimeError(self._refusal(alive))
+        self.take(f"{JOINED if joins else ALONE}{self.nonce}")
+        if (alive := self._alive((ALONE,) if joins else (ALONE, JOINED))) is not None:
+            what = ONE_OF_SEVERAL if alive.name.startswith(JOINED) else WORKS_ALONE
+            raise RuntimeError(f"output_dir {self.folder.parent} is in use by {self._owner(alive)}, {what}")
+        if not joins:
+            self._clear()
 
     def has_others(self, prefix: str) -> bool:
         """Return whether another live process holds a lease with the prefix. This can take pace.expiry seconds."""
         return self._alive((prefix,)) is not None
 
-    def clear(self) -> None:
-        """Delete all leases but this process's own; call it when nobody else works here. Raises: NotWritten."""
+    # ---------------------------------------------------------------------------------------------- private
+
+    def _clear(self) -> None:
+        """Delete all leases but this process's own: nobody else works here. Raises: NotWritten."""
         for path in self._others(("",)):
             with naming(path, "deleted"):
                 path.unlink(missing_ok=True)
-
-    # ---------------------------------------------------------------------------------------------- private
 
     def _alive(self, prefixes: tuple[str, ...]) -> Path | None:
         """Return a lease with one of the prefixes whose holder is alive, or None. Delete leases of dead holders."""
@@ -197,10 +199,6 @@ class Leases:
             own = list(self._held.values())
         found = (path for path in self._files() if path.name.startswith(prefixes))
         return [path for path in found if path not in own]
-
-    def _refusal(self, path: Path) -> str:
-        what = ONE_OF_SEVERAL if path.name.startswith(JOINED) else WORKS_ALONE
-        return f"output_dir {self.folder.parent} is in use by {self._owner(path)}, {what}"
 
     def _files(self, age: float = 0.0) -> list[Path]:
         """Return the paths of all leases, from a listing of the folder at most age seconds old."""
@@ -322,9 +320,7 @@ def open_leases(
     Raises: RuntimeError that names a process which works there and does not share the directory. NotWritten.
     """
     with Leases(directory, say, pace) as leases:
-        leases.enter(JOINED if joins else ALONE, (ALONE,) if joins else (ALONE, JOINED))
-        if not joins:
-            leases.clear()
+        leases.enter(joins=joins)
         yield leases
 
 

@@ -72,7 +72,7 @@ def test_a_holder_that_stopped_is_taken_over_and_learns_it(entered, foreign, tmp
 def test_a_process_of_this_machine_that_was_killed_is_taken_over_at_once_and_leaves_nothing(tmp_path):
     def hold():
         leases = Leases(tmp_path, pace=KEPT).__enter__()
-        leases.enter(JOINED, (ALONE,))
+        leases.enter(joins=True)
         leases.take("unit")
         os.kill(os.getpid(), 9)
 
