@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +17,16 @@ from mft_study.arms.masks import Mask
 from mft_study.arms.setting import Setting
 
 from .runs import Run
+
+
+@dataclass(frozen=True)
+class Way:
+    """What is trained, how it is learned one after the other or together, and the rates to choose from."""
+
+    arm: Callable[..., Arm]
+    method: Callable[..., Any]  # a Learner or a Federation
+    rates: list[float]
+
 
 # Arms without their rates; the mask's threshold is free, the best of the stored studies.
 control_arm, lora_arm = functools.partial(Control, "control"), functools.partial(Lora, "lora")

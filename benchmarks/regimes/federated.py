@@ -20,7 +20,6 @@ layers. Validation chooses each arm's rate with the first seed.
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,12 +31,11 @@ from mft.config import DataConfig, TrainConfig
 from mft.data.corpora import header_files
 from mft.data.splits import Splits
 from mft.evaluation.evaluate import evaluate
-from mft_study.arms.arm import Arm, Ground
 from mft_study.evidence.power import Spread
 
 from ..tables import markdown
-from .arms import control_arm, ground_of, lora_arm, mask_arm
-from .federations import Federation, MajorityOfSigns, MaskVotes, MeanOfSigns, StochasticMasks, Updates
+from .arms import Way, control_arm, ground_of, lora_arm, mask_arm
+from .federations import MajorityOfSigns, MaskVotes, MeanOfSigns, StochasticMasks, Updates
 from .findings import ROWS, Documents, compared, interval, nats_of
 from .runs import CHOICE, SECONDS, Found, Regime, Run, best_rate, chosen_runs, load_base, quick_scratch, run_command
 from .texts import write_texts
@@ -50,15 +48,6 @@ CLIENTS = (
     *("ATen/", "ATen/core", "ATen/native", "c10/", "c10/core", "c10/util"),
     *("torch/csrc/api", "torch/csrc/autograd", "torch/csrc/distributed", "torch/csrc/jit"),
 )
-
-
-@dataclass(frozen=True)
-class Way:
-    """What is trained, how clients and server join it, and the rates to choose from."""
-
-    arm: Callable[..., Arm]
-    federation: Callable[[Arm, Ground], Federation]
-    rates: list[float]
 
 
 WAYS = {
@@ -96,7 +85,7 @@ class Federated(Regime):
         splits, way = self.splits(tokenizer, run.seed), WAYS[run.arm]
         arm = way.arm(lrs=self.rates[run.arm])
         ground = ground_of(model, arm, run)
-        federation, up, curve = way.federation(arm, ground), [], []
+        federation, up, curve = way.method(arm, ground), [], []
         for number in range(self.rounds):
             lr = run.lr * (1 - number / self.rounds)
             messages = []

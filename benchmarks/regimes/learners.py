@@ -15,8 +15,6 @@ from mft_study.arms.weights import Weights, with_weights
 class Learner:
     """A way of learning: it learns one task after the other and has a model for the text of each."""
 
-    at_once = False  # whether all tasks are learned together
-
     def __init__(self, arm: Arm, ground: Ground, train: TrainConfig) -> None:
         self.arm, self.ground, self.train = arm, ground, train
 
@@ -49,12 +47,6 @@ class OneOnAnother(Learner):
 
     def model(self, task: str) -> nn.Module:
         return self.now.eval()
-
-
-class AtOnce(OneOnAnother):
-    """All tasks together."""
-
-    at_once = True
 
 
 class TrainedOn(Learner):
@@ -91,16 +83,13 @@ class United(PerTask):
     def model(self, task: str) -> nn.Module:
         if not self.ends:
             return self.ground.start
-        ends = list(self.ends.values())
-        united = {name: self.unite(self._start(name), [end[name] for end in ends]) for name in ends[0]}
+        start, ends = self.ground.start, list(self.ends.values())
+        united = {name: self.unite(start.get_parameter(name).detach(), [end[name] for end in ends]) for name in ends[0]}
         return with_weights(self.ground.start, united).eval()
 
     @staticmethod
     def unite(start: Tensor, ends: Sequence[Tensor]) -> Tensor:
         raise NotImplementedError
-
-    def _start(self, name: str) -> Tensor:
-        return self.ground.start.get_parameter(name).detach()
 
 
 class MasksUnited(United):

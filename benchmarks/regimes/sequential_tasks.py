@@ -24,7 +24,7 @@ the mean loss of the five tasks at the end.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,12 @@ import numpy as np
 
 from mft.config import DataConfig, TrainConfig
 from mft.evaluation.evaluate import evaluate
-from mft_study.arms.arm import Arm
 from mft_study.evidence.power import Spread
 
 from ..tables import markdown
-from .arms import control_arm, ground_of, lora_arm, mask_arm
+from .arms import Way, control_arm, ground_of, lora_arm, mask_arm
 from .findings import ROWS, Documents, compared, interval, minus, nats_of
-from .learners import AdaptersAdded, AtOnce, Learner, MasksUnited, OneOnAnother, PerTask, TrainedOn
+from .learners import AdaptersAdded, MasksUnited, OneOnAnother, PerTask, TrainedOn
 from .runs import CHOICE, SECONDS, Found, Regime, Run, best_rate, chosen_runs, load_base, quick_scratch, run_command
 from .texts import docstrings_of, sources_of, write_texts
 
@@ -48,16 +47,7 @@ ORDER, NATS = "order", "nats"  # keys of a run's result
 END, LEARNED, FORGOTTEN = "loss at the end", "just learned", "forgotten"
 REFERENCE = "control"  # the arm that all others are compared with
 MASKS, LORAS = "a mask per task", "a LoRA per task"
-BOUND = "joint"
-
-
-@dataclass(frozen=True)
-class Way:
-    """What is trained, how tasks follow each other, and the rates to choose from."""
-
-    arm: Callable[..., Arm]
-    learner: Callable[..., Learner]
-    rates: list[float]
+BOUND = "joint"  # all tasks at once
 
 
 _WEIGHT_RATES, _ADAPTER_RATES, _SCORE_RATES = [1e-3, 2e-3, 4e-3], [4e-3, 8e-3, 1.6e-2], [4e-3, 8e-3, 1.6e-2]
@@ -71,7 +61,7 @@ WAYS = {
     "LoRAs added": Way(lora_arm, AdaptersAdded, _ADAPTER_RATES),
     MASKS: Way(mask_arm, PerTask, _SCORE_RATES),
     LORAS: Way(lora_arm, PerTask, _ADAPTER_RATES),
-    BOUND: Way(control_arm, AtOnce, _WEIGHT_RATES),
+    BOUND: Way(control_arm, OneOnAnother, _WEIGHT_RATES),
 }
 
 
@@ -103,9 +93,9 @@ class SequentialTasks(Regime):
         splits, order, way = self.splits(tokenizer, run.seed), self.order(run.seed), WAYS[run.arm]
         arm = way.arm(lrs=self.rates[run.arm])
         train = dataclasses.replace(self.train, lr=run.lr, seed=run.seed)
-        learner = way.learner(arm, ground_of(model, arm, run), train)
+        learner = way.method(arm, ground_of(model, arm, run), train)
         nats: dict[str, list[list[float]]] = {task: [] for task in order}
-        for learned in [[], *([order] if learner.at_once else [[task] for task in order])]:
+        for learned in [[], *([order] if run.arm == BOUND else [[task] for task in order])]:
             if learned:
                 learner.learn(learned[0], datasets.concatenate_datasets([splits[task].train for task in learned]))
             for task in order:
