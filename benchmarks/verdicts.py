@@ -53,7 +53,10 @@ def judge_again(numbers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Doma
             if entry.get("conclusion") != concluded:
                 changes.append([domain, row.arm, str(row.against), str(entry.get("conclusion")), str(concluded)])
             entry |= {"conclusion": concluded, "rates": row.rates}
-    bytes_found = [_at_equal_bytes(values) for values in numbers.get("at_equal_bytes", [])]
+    bytes_found = [
+        _made(AtEqualBytes, values, difference=_difference(values["difference"]))
+        for values in numbers.get("at_equal_bytes", [])
+    ]
     verdicts = verdicts_of(tables, lambda table, row: _uncompared(numbers, table, row))
     remarks = [dominance_remark(family_size(table.comparisons for table in tables.values()))]
     numbers["verdicts"] = _renewed(numbers["verdicts"], [*verdicts, *said_of_bytes(bytes_found)])
@@ -111,10 +114,6 @@ def _comparison(values: Mapping[str, Any], rates: Mapping[str, int | None]) -> C
 def _budget(values: Mapping[str, Any]) -> EqualBudget:
     settings = {name: _setting(values[name]) for name in ("setting", "control_setting")}
     return _made(EqualBudget, values, difference=_difference(values["difference"]), **settings)
-
-
-def _at_equal_bytes(values: Mapping[str, Any]) -> AtEqualBytes:
-    return _made(AtEqualBytes, values, difference=_difference(values["difference"]))
 
 
 def _setting(values: Mapping[str, Any] | None) -> Setting | None:

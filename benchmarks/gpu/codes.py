@@ -123,17 +123,15 @@ def time_codes(case: Case, bench: Bench) -> dict[str, Any]:
 
 
 def _product(name: str, product: str, o: Operands, of: Codes, bench: Bench) -> Tensor:
-    forward = product == "forward"
+    forward, backend = product == "forward", bench.device.backends[FUSED]
     if name == DENSE:
         return F.linear(o.x, o.weight) if forward else o.grad @ o.weight
     if name == DECODED:
-        weight, fused = of.dense(), bench.device.backends[FUSED]
+        weight = of.dense()
         if forward:
-            return torch.ops.mft.masked_linear_packed(o.x, weight, o.packed, None, fused)
-        wanted = [True, False, False, False]
-        rest = (o.packed, None, None, "value", wanted, fused)
+            return torch.ops.mft.masked_linear_packed(o.x, weight, o.packed, None, backend)
+        rest = (o.packed, None, None, "value", [True, False, False, False], backend)
         return torch.ops.mft.masked_linear_packed_backward(o.grad, o.x, weight, *rest)[0]
-    backend = bench.device.backends[FUSED]
     if forward:
         return torch.ops.mft.masked_linear_quantized(o.x, *of.given, o.packed, None, *of.tail, backend)
     return torch.ops.mft.masked_linear_quantized_d_x(o.grad, *of.given, o.packed, *of.tail, backend)

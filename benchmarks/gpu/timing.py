@@ -83,12 +83,8 @@ class Bench:
         for name, sample in samples.items() if DENSE in samples else ():
             shares = [100 * dense / own for dense, own in zip(rounds[DENSE], rounds[name])]
             sample["percent_of_cublas"] = asdict(Spread.of(shares))
-        left_out = self.without_cuda() if with_cuda else {}
+        left_out = {name: why for name, why in self.device.without.items() if with_cuda and name == CUDA}
         return {"copies": copies, "samples": samples, "failures": failures, "left_out": left_out}
-
-    def without_cuda(self) -> dict[str, str]:
-        """Return why the CUDA kernels take no part, under their name."""
-        return {name: why for name, why in self.device.without.items() if name == CUDA}
 
     def _wrong(self, competitor: Competitor) -> str:
         """Return why it is not timed: it fails, or computes something else; "" if it is right."""

@@ -36,14 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_code", description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=["triton", "cuda"], help="only this part; FILE.md keeps the other section")
     parser.add_argument("--out", type=Path, help="write the summary as Markdown")
-    parser.add_argument("--processes", type=int, default=min(4, os.cpu_count() or 1))
     asked = parser.parse_args(arguments)
-    sections, faulty = {}, False
+    sections, faulty, processes = {}, False, min(4, os.cpu_count() or 1)
     if asked.only != "triton":  # takes seconds, so it comes before the minutes
-        sections["CUDA C++"], faults = _read_cuda(asked.processes)
+        sections["CUDA C++"], faults = _read_cuda(processes)
         faulty |= faults
     if asked.only != "cuda":
-        sections["Triton"], faults = _compile_triton(asked.processes)
+        sections["Triton"], faults = _compile_triton(processes)
         faulty |= faults
     if asked.out:
         asked.out.parent.mkdir(parents=True, exist_ok=True)
@@ -61,11 +60,7 @@ def _compile_triton(processes: int) -> tuple[str, bool]:
         done.append(one)
         seconds = time.monotonic() - start
         print(f"[{i}/{total}, {i / seconds:.1f}/s, {seconds * (total - i) / i:.0f} s left] {_line(one)}", flush=True)
-    faulty = [one for one in done if one.faults]
-    print("\n" + summary(done))
-    for one in faulty:
-        print(f"FAULT {one.target} {one.kernel} {one.tiles} ({one.call}): {'; '.join(one.faults)}")
-    return f"{_LINE}\n{versions}.\n\n{summary(done)}", bool(faulty)
+    return _judged(done, versions, [])
 
 
 def _read_cuda(processes: int) -> tuple[str, bool]:
@@ -83,10 +78,16 @@ def _read_cuda(processes: int) -> tuple[str, bool]:
     except ValueError as error:
         print(f"FAULT of the CUDA library: {error}\n")
         return f"Not read: {error}.", True
-    print(f"{len(done)} binaries, {versions}", *left_out, "", summary(done), "", sep="\n")
+    print(f"{len(done)} binaries, {versions}", *left_out, sep="\n")
+    return _judged(done, versions, left_out)
+
+
+def _judged(done: Sequence[Row], versions: str, left_out: Sequence[str]) -> tuple[str, bool]:
+    """Print the summary and every fault; return (the section's text, whether there is a fault)."""
+    print(f"\n{summary(done)}\n")
     faulty = [one for one in done if one.faults]
     for one in faulty:
-        print(f"FAULT {one.target} {one.kernel}: {'; '.join(one.faults)}")
+        print(f"FAULT {one.target} {one.kernel} {one.tiles} ({one.call}): {'; '.join(one.faults)}")
     return "\n".join([_LINE, f"{versions}.", *left_out, "", summary(done)]), bool(faulty)
 
 
