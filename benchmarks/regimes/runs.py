@@ -10,6 +10,7 @@ Validation chooses the rate of every arm with the first seed. An interrupted com
 
 import argparse
 import dataclasses
+import functools
 import json
 import multiprocessing
 import sys
@@ -41,7 +42,6 @@ from .findings import Documents
 REGIME, BASE, RUNS, RESULT, TABLE = "regime.json", "base", "runs", "result.json", "table.md"
 CHOICE, DIVERGED, SECONDS = "choice", "diverged", "seconds"  # keys of a run's result
 Found = dict[str, Any]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,6 @@ class Regime:
         raise NotImplementedError
 
 
-def say_now(line: str) -> None:
-    """Print without buffering, so that the reader of an output file can follow."""
-    print(line, flush=True)
-
-
 def run_command(
     description: str, name: str, declare: Callable[..., Regime], given: Sequence[str] | None = None
 ) -> None:
@@ -123,17 +118,17 @@ def quick_scratch() -> ScratchConfig:
     return scratch
 
 
-def carry_out(regime: Regime, directory: Path, command: str, say: Say = say_now) -> dict[str, Any]:
+def carry_out(regime: Regime, directory: Path, command: str) -> dict[str, Any]:
     """Do all runs and write RESULT and TABLE into directory; returns the result.
 
     Raises: ValueError if directory holds another regime; RuntimeError if an arm diverges at every rate.
     """
-    model, tokenizer = load_base(prepare(regime, directory, say))
+    model, tokenizer = load_base(prepare(regime, directory))
     tests = {text: splits.test for text, splits in regime.splits(tokenizer, regime.seeds[0]).items()}
     documents = Documents.of(model, tests)
     power = power_words(regime.assumed, len(regime.seeds), documents.number, digits=3)
-    say(power)
-    found = complete(regime, directory, say)
+    _say(power)
+    found = complete(regime, directory)
     arms, notes = regime.arms(found, documents), open_ends(regime, found)
     result = {
         "environment": environment() | {"command": command},
@@ -147,7 +142,7 @@ def carry_out(regime: Regime, directory: Path, command: str, say: Say = say_now)
     table = "\n\n".join([regime.table(arms), power, *notes]) + "\n"
     write_whole(directory / RESULT, json.dumps(result, allow_nan=False))
     write_whole(directory / TABLE, table)
-    say(table)
+    _say(table)
     return result
 
 
@@ -157,7 +152,7 @@ def load_base(base: Path) -> tuple[nn.Module, Any]:
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def prepare(regime: Regime, directory: Path, say: Say) -> Path:
+def prepare(regime: Regime, directory: Path) -> Path:
     """Declare the regime in directory and make its base model; returns the base model's folder.
 
     Raises: ValueError if directory holds another regime.
@@ -168,7 +163,7 @@ def prepare(regime: Regime, directory: Path, say: Say) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     write_whole(path, declared)
     if not base.exists():
-        say("the base model is trained from scratch first")
+        _say("the base model is trained from scratch first")
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # like all that follows
         train_from_scratch(regime.scratch, base)
@@ -176,7 +171,7 @@ def prepare(regime: Regime, directory: Path, say: Say) -> Path:
     return base
 
 
-def complete(regime: Regime, directory: Path, say: Say) -> dict[Run, Found]:
+def complete(regime: Regime, directory: Path) -> dict[Run, Found]:
     """Do all runs that the regime needs: every rate with the first seed, then each arm's best one with every seed.
 
     Call prepare first. Raises: RuntimeError if an arm diverges at every rate.
@@ -193,7 +188,7 @@ def complete(regime: Regime, directory: Path, say: Say) -> dict[Run, Found]:
             write_whole(_path(directory, run), json.dumps(one, allow_nan=False))
             left = (time.perf_counter() - begin) / number * (len(missing) - number) / 60
             words = one.get(DIVERGED) or f"validation {one[CHOICE]:.4f}"
-            say(f"{run}: {words}, {one[SECONDS]:.0f} s ({number}/{len(missing)}, {left:.0f} minutes left of these)")
+            _say(f"{run}: {words}, {one[SECONDS]:.0f} s ({number}/{len(missing)}, {left:.0f} minutes left of these)")
 
     (directory / RUNS).mkdir(exist_ok=True)
     finish(Run(arm, lr, first) for arm, rates in regime.rates.items() for lr in rates)
@@ -231,6 +226,8 @@ def open_ends(regime: Regime, found: dict[Run, Found]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------- private
+
+_say = functools.partial(print, flush=True)  # so that the reader of an output file can follow
 
 
 def _losses(regime: Regime, found: dict[Run, Found], arm: str) -> dict[float, float]:

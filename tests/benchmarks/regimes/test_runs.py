@@ -38,7 +38,7 @@ def bowls(tmp_path):
 
 def test_an_arm_tries_rates_beyond_its_grid_until_the_best_lies_inside(bowls, tmp_path):
     regime = bowls(workers=1, extensions=4)
-    found = complete(regime, tmp_path, lambda line: None)
+    found = complete(regime, tmp_path)
     assert best_rate(regime, found, "low") == 1e-3
     assert best_rate(regime, found, "high") == 8e-3
     tried = sorted(run.lr for run in found if run.arm == "high" and run.seed == 0)
@@ -49,7 +49,7 @@ def test_an_arm_tries_rates_beyond_its_grid_until_the_best_lies_inside(bowls, tm
 
 def test_a_best_rate_at_the_end_of_what_was_tried_is_said(bowls, tmp_path):
     regime = bowls(workers=1, extensions=1)
-    found = complete(regime, tmp_path, lambda line: None)
+    found = complete(regime, tmp_path)
     assert open_ends(regime, found) == ["high: its best rate, 0.004, lies at the end of those that were tried"]
 
 
@@ -57,18 +57,18 @@ def test_what_was_finished_before_an_interruption_is_not_run_again(bowls, tmp_pa
     regime = bowls(workers=1, extensions=0)
     Bowls.stops_at[0] = Run("high", 2e-3, 0)
     with pytest.raises(KeyboardInterrupt):
-        complete(regime, tmp_path, lambda line: None)
+        complete(regime, tmp_path)
     before = list(Bowls.asked)
     assert len(before) == 3
     Bowls.stops_at[0] = None
-    found = complete(regime, tmp_path, lambda line: None)
+    found = complete(regime, tmp_path)
     assert len(Bowls.asked) == len(set(Bowls.asked)) == len(found) == 6
 
 
 def test_an_arm_that_diverges_at_every_rate_is_named(bowls, tmp_path):
     regime = bowls(rates={"low": [2.0, 4.0]}, workers=1, extensions=0)
     with pytest.raises(RuntimeError, match="low must stay finite at one of its rates"):
-        complete(regime, tmp_path, lambda line: None)
+        complete(regime, tmp_path)
 
 
 def test_every_text_counts_as_much_as_any_other_in_a_difference():
