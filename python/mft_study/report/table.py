@@ -219,6 +219,8 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
     seconds = _mean(o.seconds for o in chosen)
     if isinstance(study.arms[arm], Average):
         seconds = _seconds_of_parts(findings, domain, arm, len(runs))
+    # What validation answered counts only if arms learned by rewards.
+    answered = findings.validation.get(domain, {}).get(arm, {}) if study.objective == REWARDS else {}
     first = [o for o in outcomes if (o.unit.setting, o.unit.part) == (setting, 0)]
     return Row(
         arm=arm,
@@ -235,7 +237,7 @@ def _means(findings: Findings, domain: str, arm: str) -> Row:
         temperature=_mean(run.temperature for run in runs),
         decides=deciding_metric(study),
         validation=validation_difference(findings, domain, arm, against),
-        validation_exact=_validation_exact(findings, domain, arm),
+        validation_exact=_mean(run.exact for run in answered.values()),
         tried=len(set(own)),
         rates=findings.rates(domain, arm),
         steps=_mean(o.steps for o in chosen),
@@ -270,12 +272,6 @@ def _pairs(findings: Findings, domain: str, table: DomainTable) -> dict[tuple[st
             for metric in dict.fromkeys((*METRICS, row.decides)):
                 found[row.arm, CONTROL, metric] = paired(runs, test[row.against], metric)
     return {key: pair for key, pair in found.items() if pair is not None}
-
-
-def _validation_exact(findings: Findings, domain: str, arm: str) -> float | None:
-    """Return the share of exact answers on validation, mean over seeds; None unless arms learned by rewards."""
-    runs = findings.validation.get(domain, {}).get(arm, {}).values()
-    return _mean(run.exact for run in runs) if findings.study.objective == REWARDS else None
 
 
 def _seconds_of_parts(findings: Findings, domain: str, average: str, seeds: int) -> float:
