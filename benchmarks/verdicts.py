@@ -12,7 +12,6 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from mft_study.arms.setting import Setting
@@ -152,14 +151,10 @@ def main() -> None:
         numbers, tables, changes = judge_again(json.loads(path.read_text()))
         rows += [[path.stem, *change] for change in changes]
         if asked.write:
-            _write(path, numbers, tables)
+            words = (numbers["verdicts"], numbers["remarks"], numbers["environment"])
+            path.write_text(numbers_text(numbers))
+            path.with_suffix(".md").write_text(report_text(tables, *words))
     print(markdown(["study", "domain", "arm", "rival", "was", "is"], rows))
-
-
-def _write(path: Path, numbers: dict[str, Any], tables: Mapping[str, DomainTable]) -> None:
-    words = (numbers["verdicts"], numbers["remarks"], numbers["environment"])
-    path.write_text(numbers_text(numbers))
-    path.with_suffix(".md").write_text(report_text(tables, *words))
 
 
 if __name__ == "__main__":

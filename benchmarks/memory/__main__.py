@@ -41,22 +41,22 @@ TARGETS = {
 def cards() -> None:
     """Estimate and simulate peaks on the device, sequence 4096, micro-batch 1, and compare them with the goals."""
     findings = []
+
+    def add(name: str, peak: int, rule: str | None = None, bound: float | None = None) -> None:
+        findings.append(Finding(name, Spread.of([peak / 1e9]), "GB", rule, bound))
+        print(f"{name}: {peak / 1e9:.2f} GB", flush=True)
+
     for (model, way, layers, quantization, quantize_masked), bound in TARGETS.items():
         workload = Workload(way, layers, accumulation=2, quantization=quantization, quantize_masked=quantize_masked)
         name = f"{model}, {way}, {'all layers' if layers is None else '4 layers'}"
         config = known_config(model)
-        estimated = estimate(shape_from_config(config), workload).device_peak / 1e9
-        simulated = simulate_step(config, workload).device_peak / 1e9
-        findings.append(Finding(f"{name}: estimated", Spread.of([estimated]), "GB", "at most", bound))
-        findings.append(Finding(f"{name}: simulated", Spread.of([simulated]), "GB", "at most", bound))
-        print(f"{name}: {estimated:.2f} GB estimated, {simulated:.2f} GB simulated", flush=True)
+        add(f"{name}: estimated", estimate(shape_from_config(config), workload).device_peak, "at most", bound)
+        add(f"{name}: simulated", simulate_step(config, workload).device_peak, "at most", bound)
     for layers in (LOCAL, None):
         for rival in RIVALS.values():
             workload = Workload("plain", layers, accumulation=2)
-            peak = simulate_rival(rival, known_config(MODEL), workload).device_peak / 1e9
             name = f"{MODEL}, {rival.name}, {'all layers' if layers is None else '4 layers'}: simulated"
-            findings.append(Finding(name, Spread.of([peak]), "GB"))
-            print(f"{name}: {peak:.2f} GB", flush=True)
+            add(name, simulate_rival(rival, known_config(MODEL), workload).device_peak)
     report("memory_cards", "Peak on the device, sequence 4096, micro-batch 1; not measured on a GPU", findings)
 
 
