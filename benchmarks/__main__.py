@@ -54,7 +54,10 @@ def main() -> None:
     """Answer the questions and print where the answers are."""
     parser = _parser()
     asked = parser.parse_args()
-    _check(parser, asked)
+    if unknown := [name for name in asked.questions if name not in QUESTIONS]:
+        parser.error(f"questions must be among {', '.join(QUESTIONS)}, got {', '.join(unknown)}")
+    if asked.case is not None and (len(asked.questions) != 1 or asked.questions[0] not in WITH_CASES):
+        parser.error(f"--case needs one question among {', '.join(WITH_CASES)}, got {' '.join(asked.questions)}")
     # torch and others, which take seconds, are imported when it is known that they are needed
     import torch
 
@@ -113,13 +116,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="another folder for the results")
     parser.add_argument("--threads", type=int, help="as in the stored results unless given")
     return parser
-
-
-def _check(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
-    if unknown := [name for name in asked.questions if name not in QUESTIONS]:
-        parser.error(f"questions must be among {', '.join(QUESTIONS)}, got {', '.join(unknown)}")
-    if asked.case is not None and (len(asked.questions) != 1 or asked.questions[0] not in WITH_CASES):
-        parser.error(f"--case needs one question among {', '.join(WITH_CASES)}, got {' '.join(asked.questions)}")
 
 
 if __name__ == "__main__":

@@ -90,12 +90,12 @@ def peak_beyond_gradients(name: str) -> int:
     return process_bytes("VmHWM") - before - gradients()
 
 
-def process_bytes(field: str) -> int:
-    """Return the bytes of a field of /proc/self/status: VmRSS, or VmHWM, the peak since clear_refs."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def process_bytes(field: str, process: int | str = "self") -> int:
+    """Return the bytes of a field of a process's status: VmRSS, or VmHWM, the peak since clear_refs."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}; this benchmark needs Linux")
+    raise RuntimeError(f"/proc/{process}/status has no {field}; this benchmark needs Linux")
 
 
 def measure(name: str, bound: float | None) -> Finding:

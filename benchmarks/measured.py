@@ -34,7 +34,9 @@ def written(document: str, results: Path = RESULTS) -> str:
         if len(pattern.findall(document)) != 1:
             raise ValueError(f"{DOCUMENT.name} must hold <!-- {name} --> and <!-- /{name} --> once")
         records = by_machine(results, question)
-        text = f"{table(records)}\n\n{tables.origins(question, records)}" if records else _missing(question)
+        text = f"No machine has answered this yet: `make bench WHAT={question}`, then `python -m benchmarks.measured`."
+        if records:
+            text = f"{table(records)}\n\n{tables.origins(question, records)}"
         document = pattern.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", document)
     return document
 
@@ -44,10 +46,6 @@ def main() -> None:
     argparse.ArgumentParser(prog="python -m benchmarks.measured", description=__doc__).parse_args()
     DOCUMENT.write_text(written(DOCUMENT.read_text()))
     print(f"written to {DOCUMENT.relative_to(ROOT)}")
-
-
-def _missing(question: str) -> str:
-    return f"No machine has answered this yet: `make bench WHAT={question}`, then `python -m benchmarks.measured`."
 
 
 if __name__ == "__main__":

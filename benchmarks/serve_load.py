@@ -29,6 +29,7 @@ from typing import Any
 import openai
 import torch
 
+from .bench_memory import process_bytes
 from .harness import environment
 from .records import RESULTS
 from .tables import markdown
@@ -57,12 +58,6 @@ class Target:
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.address}/v1", api_key=self.key, max_retries=0, timeout=120)
-
-    def memory(self, name: str) -> int:
-        """Return VmRSS or VmHWM in bytes."""
-        found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{self.process}/status").read_text())
-        assert found is not None
-        return int(found[1]) * 1024
 
 
 @dataclass
@@ -192,7 +187,7 @@ def run(load: Load, requests: int, clients: int, halfway: Callable[[], None] = l
                 if number is None:
                     return
                 if number % max(1, requests // 10) == 0 and number:
-                    load.memory[number] = load.target.memory("VmHWM")
+                    load.memory[number] = process_bytes("VmHWM", load.target.process)
                     print(
                         f"after {number:,} requests: peak memory {load.memory[number] / (1 << 20):.1f} MiB", flush=True
                     )
@@ -205,7 +200,7 @@ def run(load: Load, requests: int, clients: int, halfway: Callable[[], None] = l
         each.start()
     for each in threads:
         each.join()
-    load.memory[requests] = load.target.memory("VmHWM")
+    load.memory[requests] = process_bytes("VmHWM", load.target.process)
 
 
 # ---------------------------------------------------------------------------------------------- the server
@@ -315,7 +310,7 @@ def main() -> None:
             directories = {task: task for task in TASKS}
             load = Load(Target(address, process.pid, directories, "sk-load-test"))
             load.prepare(("base" if given.model == "tiny" else base, *TASKS))
-            loaded, began = load.target.memory("VmRSS"), time.monotonic()
+            loaded, began = process_bytes("VmRSS", process.pid), time.monotonic()
             run(load, given.requests, given.clients, lambda: process.send_signal(signal.SIGHUP))
             took = time.monotonic() - began
         check_log(load, log)

@@ -10,8 +10,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from .records import RESULTS, ROOT, question_of
@@ -35,7 +34,7 @@ class Stored:
     name: str
     commit: str
     command: str
-    changed: list[str] | None = field(default=None)
+    changed: list[str] | None
 
     @property
     def words(self) -> str:
@@ -64,31 +63,31 @@ def made_by(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     return f"make bench WHAT={question}", (*code, f"benchmarks/bench_{question}.py")
 
 
-def read_stored(folder: Path = RESULTS, root: Path = ROOT) -> list[Stored]:
-    """Return all results of a folder by name; root: the checkout whose history shows the changes."""
+def read_stored() -> list[Stored]:
+    """Return all stored results by name."""
     found = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
         if "environment" not in record:  # made from results, such as gpu-faster.json
             continue
         commit = str(record["environment"].get("commit") or "")
         command, code = made_by(path.name, record)
-        found.append(Stored(path.name, commit, command, _changed_since(commit, code, root)))
+        found.append(Stored(path.name, commit, command, _changed_since(commit, code)))
     return found
 
 
-def _changed_since(commit: str, code: Sequence[str], root: Path) -> list[str] | None:
-    if not commit or _git(root, "cat-file", "-e", f"{commit}^{{commit}}").returncode:
+def _changed_since(commit: str, code: Sequence[str]) -> list[str] | None:
+    if not commit or _git("cat-file", "-e", f"{commit}^{{commit}}").returncode:
         return None
-    done = _git(root, "diff", "--name-status", "--find-renames", commit, "--", *code)
+    done = _git("diff", "--name-status", "--find-renames", commit, "--", *code)
     if done.returncode:
         raise RuntimeError(f"git diff must say what changed since {commit}, got: {done.stderr.strip()}")
     lines = (line.split("\t") for line in done.stdout.splitlines())
     return [paths[-1] for status, *paths in lines if status != "R100"]  # R100: moved without a change
 
 
-def _git(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
 
 
 def main() -> None:
@@ -96,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stored", description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="parts of the names of files; also lists the changed code")
     asked = parser.parse_args()
-    if _git(ROOT, "rev-parse", "HEAD").returncode:
+    if _git("rev-parse", "HEAD").returncode:
         sys.exit(f"error: {ROOT} must be a git checkout, whose history says what changed, it is none")
     stored = [one for one in read_stored() if not asked.names or any(name in one.name for name in asked.names)]
     if not stored:

@@ -1,6 +1,6 @@
 """Write gpu.md and gpu-faster.json from the gpu-*.json in a folder: failures first, then all figures."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,9 @@ def gaps(documents: Sequence[Document]) -> list[str]:
     """Return what was not checked, although nothing says that it is wrong."""
     lines = []
     for environment in [document["environment"] for document in documents][:1]:
-        if why := no_cuda(environment):
-            lines.append(f"{WARNING}: the CUDA kernels were left out: {why}")
+        library = environment.get("cuda_library", "")
+        if library.startswith("none: "):
+            lines.append(f"{WARNING}: the CUDA kernels were left out: {library.removeprefix('none: ')}")
         lines += [
             f"LACKING: this card's own {why}; the general kernels were measured in their place"
             for why in environment.get("cuda_lacks", [])
@@ -153,12 +154,6 @@ def gaps(documents: Sequence[Document]) -> list[str]:
         if record.get("unproven"):
             lines.append(f"UNPROVEN: {record['detail']}: {record['reason']}")
     return lines
-
-
-def no_cuda(environment: Mapping[str, Any]) -> str:
-    """Return why the CUDA kernels did not run, "" if they did."""
-    library = environment.get("cuda_library", "")
-    return library.removeprefix("none: ") if library.startswith("none: ") else ""
 
 
 def _records(documents: Iterable[Document]) -> Iterable[tuple[Case, Record]]:

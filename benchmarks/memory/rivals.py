@@ -63,7 +63,12 @@ class RivalLoop:
         model.requires_grad_(False)
         self._model, self._careful, self._accumulation = model, rival.careful, train.accumulation
         chosen = [layer for i, layer in enumerate(decoder_layers(model)) if layers is None or i in layers]
-        self._linears = [_replace(layer, name, rival) for layer in chosen for name in _linear_names(layer)]
+        self._linears = [
+            _replace(layer, name, rival)
+            for layer in chosen
+            for name, module in list(layer.named_modules())
+            if isinstance(module, nn.Linear)
+        ]
         scores = [linear.scores for linear in self._linears]
         if rival.careful:
             model.train()
@@ -103,10 +108,6 @@ def simulate_rival(rival: Rival, config: Mapping[str, Any], workload: Workload) 
         loop.step([fake_batch(workload)])  # moments exist from the second step on
         loop.step([fake_batch(workload) for _ in range(workload.accumulation)])
     return tracker
-
-
-def _linear_names(layer: nn.Module) -> list[str]:
-    return [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
 
 
 def _replace(layer: nn.Module, name: str, rival: Rival) -> _RivalLinear:

@@ -67,7 +67,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         if name == "peft_type":
             continue
         if name not in hints:
-            raise ValueError(f"config must hold options of {kind}, got {name!r}{_near(name, hints)}")
+            near = nearest(name, hints) or f"; it has {', '.join(hints)}"
+            raise ValueError(f"config must hold options of {kind}, got {name!r}{near}")
         if not _fits(value, hints[name]) and not (
             isinstance(value, list) and value and all(_fits(one, hints[name]) for one in value)
         ):
@@ -110,10 +111,6 @@ def _hints_of(options: Mapping[str, Any]) -> dict[str, Any]:
     hints = type_hints(config)
     names = {item.name for item in dataclasses.fields(config)} - _NOT_OPTIONS
     return {name: hints[name] for name in sorted(names)} | PLACES
-
-
-def _near(name: str, hints: Mapping[str, Any]) -> str:
-    return nearest(name, hints) or f"; it has {', '.join(hints)}"
 
 
 def _fits(value: Any, hint: Any) -> bool:
