@@ -3,15 +3,23 @@
 Models are SmolLM2-135M and one block of LLaMA2-7B's shape, with 2 micro-batches of 256 tokens per step. Everything
 learns, or has a mask. Each competitor has its own process, so that its peak is its own. Their steps are interleaved:
 all processes live, and one at a time is told to run a step. The paper's formulation runs after the others, alone.
+
+A competitor's process is this file as a program. It takes orders, a line in and a line of JSON out:
+
+step      seconds of an optimiser step
+peak      bytes by which resident memory has peaked since before the model was made
 """
 
+import ctypes
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +27,9 @@ import torch
 from mft.memory.shapes import known_config
 from mft_kernels.timing import Samples, time_told
 
+from .bench_memory import process_bytes
 from .harness import ROOT, Finding, Spread, ratio, report
-from .training_steps import COMPETITORS, FULL, PAPER
+from .training_steps import COMPETITORS, FULL, PAPER, TrainingStep, build, small_config
 
 TOKENS, ACCUMULATION = 256, 2
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # for torch's large tensors, as the command mft sets it
@@ -71,7 +80,7 @@ def started(
     name: str, config: dict[str, Any], tokens: int, variables: Mapping[str, str] = HUGE_PAGES
 ) -> Iterator[Worker]:
     """Yield the worker after its first step, in these environment variables too. It ends when its input ends."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.train_step_worker"]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.bench_train_step"]
     command += [name, json.dumps(config), str(tokens), str(ACCUMULATION), str(torch.get_num_threads())]
     with subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | variables
@@ -123,3 +132,26 @@ def main(quick: bool = False) -> None:
         rows += measured
     title = f"A training step of {ACCUMULATION} x {budget.tokens} tokens, bf16, {torch.get_num_threads()} threads"
     report("train_step", title, findings, competitors=rows)
+
+
+def answer_orders(competitor: str, config: dict[str, Any], tokens: int, accumulation: int, threads: int) -> None:
+    """Answer orders until the input ends."""
+    torch.set_num_threads(threads)
+    TrainingStep(competitor, build(small_config(128, 2)), 64)()  # loads all code before memory is measured
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = process_bytes("VmRSS")
+    step = TrainingStep(competitor, build(config), tokens, accumulation)
+    step()
+    print(json.dumps("ready"), flush=True)
+    for order in map(str.strip, sys.stdin):
+        answer: float = process_bytes("VmHWM") - before
+        if order == "step":
+            start = time.perf_counter()
+            step()
+            answer = time.perf_counter() - start
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    answer_orders(sys.argv[1], json.loads(sys.argv[2]), *map(int, sys.argv[3:]))
