@@ -27,7 +27,6 @@ from .records import RESULTS, ROOT, Record, by_question, question_of, read_all, 
 
 WORSE = 1.05  # times the median of REF, at most
 REMEDY = "Measure REF here: python -m benchmarks --out FOLDER in a checkout of it; then compare with FOLDER."
-_EMPTY: Record = {"findings": ()}
 SAME = ("device", "threads", "backend", "torch_instruction_set", "torch")  # any of these can change the numbers
 
 
@@ -161,7 +160,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     before = by_question(ref, instruction_set())
-    questions = [question for question in asked.what or before if ratios(before.get(question, _EMPTY))]
+    questions = [question for question in asked.what or before if question in before and ratios(before[question])]
     if not questions:
         asked_for = ", ".join(asked.what) or "any question"
         parser.error(

@@ -108,7 +108,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", choices=TEXTS, action="append", help="only this text; may be repeated")
     parser.add_argument("--steps", type=int, choices=STEPS, action="append", help="only so many; may be repeated")
-    parser.add_argument("--setting", choices=SETTINGS, action="append", help="only this one; may be repeated")
     parser.add_argument("--out", type=Path, default=Path("runs/default-mask"))
     parser.add_argument("--table", type=Path, help="write what was found to TABLE.json and TABLE.md, and run nothing")
     given = parser.parse_args()
@@ -119,7 +118,7 @@ def main() -> None:
     if not (given.out / "chats.jsonl").exists():
         write_chats(given.out)
     for steps in given.steps or STEPS:
-        for setting in given.setting or SETTINGS:
+        for setting in SETTINGS:
             for text in given.text or TEXTS:
                 train(given.out, setting, text, steps)
 

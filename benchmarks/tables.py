@@ -46,8 +46,8 @@ def step_table(records: Records) -> str:
     rows = []
     for name, cases in found.items():
         rows.append([f"*{machine(records[name])}*", *("" for _ in tokens)])
-        ratios = {(case["competitor"], case["m"]): case["ratio"]["median"] for case in cases}
-        rows += [[label, *(_ratio(ratios.get((own, m))) for m in tokens)] for own, label in STEPS.items()]
+        shown = {(case["competitor"], case["m"]): _ratio(case["ratio"]["median"]) for case in cases}
+        rows += [[label, *(shown.get((own, m), "") for m in tokens)] for own, label in STEPS.items()]
     return markdown(["", *(f"M = {m}" for m in tokens)], rows)
 
 
@@ -301,9 +301,7 @@ def _three(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def _ratio(value: float | None) -> str:
-    if value is None:
-        return ""
+def _ratio(value: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.3g}"
 
 

@@ -45,10 +45,6 @@ class Results:
         """Return the record of a case."""
         return next(record for record in self._documents[case.what]["cases"] if Case.of(record) == case)
 
-    def is_waiting(self, case: Case) -> bool:
-        """Whether it is still to be run."""
-        return self.of(case).get("reason") == WAITING
-
     def start(self, case: Case, patience: float) -> None:
         """Write a case as failed: if the process ends from here on, the case was running."""
         running = {"since": time.time(), "patience": patience}

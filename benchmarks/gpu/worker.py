@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import CUDA, PRODUCTS, SECONDS_OF, Case
-from .results import FAILED, MEASURED, Results, figures, first_line
+from .results import FAILED, MEASURED, WAITING, Results, figures, first_line
 
 #: A program hangs if it takes this many seconds more than it was given.
 _MORE = 30.0
@@ -33,7 +33,7 @@ def run_cases(
     start = clock()
     for place, case in enumerate(cases, 1):
         before, left = clock(), deadline - clock()
-        if not results.is_waiting(case) or left <= 0:
+        if results.of(case).get("reason") != WAITING or left <= 0:
             continue
         blamed = results.blamed(case)
         seconds = left if case == cases[-1] else min(left, SECONDS_OF.get(case.detail, left))
