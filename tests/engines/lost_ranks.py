@@ -27,7 +27,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parents[1]))
 
 import torch
-from tiny_run import assert_same_masks, free_port, run_main, steps, write_run
+from ranks import Ended, Ranks
+from tiny_run import assert_same_masks, run_main, steps, write_run
 
 from mft.engines.distributed import Processes
 from mft.training.saver import Saver
@@ -65,79 +66,6 @@ STAGES = {
 }
 
 
-class Ranks:
-    """Children of this process that work as ranks, as if torchrun had started them.
-
-    Args: directory: where they work and print, with the file pids. count: number of ranks. work: called with the rank
-    in
-        the child; returns its exit code.
-    """
-
-    def __init__(self, directory: Path, count: int, work: Callable[[int], int]) -> None:
-        self.directory, self.count = directory, count
-        told = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-        told["GLOO_SOCKET_IFNAME"] = "lo"
-        self.pids = []
-        for rank in range(count):
-            pid = os.fork()
-            if not pid:
-                self._be(rank, told | {"RANK": str(rank)}, work)
-            self.pids.append(pid)
-        (directory / "pids").write_text(json.dumps(self.pids))
-
-    def _be(self, rank: int, told: dict[str, str], work: Callable[[int], int]) -> None:
-        code = 1
-        try:
-            os.environ |= told
-            os.chdir(self.directory)
-            output = os.open(f"output of {rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            for stream in (1, 2):
-                os.dup2(output, stream)
-            # The child must not write to pytest's streams.
-            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-            code = work(rank)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
-    def wait(self, seconds: float = 120.0) -> "list[Ended]":
-        """Return how each rank ended. Raises: TimeoutError after ``seconds``; all are then killed."""
-        left, found = dict(enumerate(self.pids)), {}
-        until = time.monotonic() + seconds
-        while left:
-            late = time.monotonic() > until
-            for rank, pid in list(left.items()):
-                if late:
-                    os.kill(pid, signal.SIGKILL)
-                ended, status = os.waitpid(pid, 0 if late else os.WNOHANG)
-                if ended:
-                    del left[rank]
-                    found[rank] = Ended(os.waitstatus_to_exitcode(status), self._output_of(rank), time.time())
-            if late:
-                raise TimeoutError(f"ranks did not end within {seconds:g} seconds: {found}")
-            time.sleep(0.02)
-        return [found[rank] for rank in range(self.count)]
-
-    def _output_of(self, rank: int) -> str:
-        return (self.directory / f"output of {rank}").read_text()
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a rank ended. code: the exit code, or minus the signal. when: time.time()."""
-
-    code: int
-    output: str
-    when: float
-
-    @property
-    def error(self) -> str:
-        """Return the last error that mft printed."""
-        said = [line for line in self.output.splitlines() if line.startswith("error: ")]
-        return said[-1] if said else self.output[-2000:]
-
-
 class Lab:
     """Data, model and configuration below one directory, for runs among COUNT processes forked from this one."""
 
@@ -150,7 +78,7 @@ class Lab:
         importlib.import_module("mft.training.run")  # once for all children
         importlib.import_module("matplotlib.figure")
 
-    def run(self, directory: Path, *command: str, prepare: Callable[[int], None] = lambda rank: None) -> list["Ended"]:
+    def run(self, directory: Path, *command: str, prepare: Callable[[int], None] = lambda rank: None) -> list[Ended]:
         """Run mft among COUNT processes in ``directory``; prepare is called in each of them with its rank."""
 
         def work(rank: int) -> int:
@@ -159,7 +87,7 @@ class Lab:
 
         return Ranks(directory, COUNT, work).wait()
 
-    def failing(self, directory: Path, case: "Case", act: Callable[[], None]) -> list["Ended"]:
+    def failing(self, directory: Path, case: "Case", act: Callable[[], None]) -> list[Ended]:
         """Run mft train in ``directory``; ``act`` is called once, at the stage and step of the case."""
 
         def prepare(rank: int) -> None:

@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import in_processes, refusal
 from safetensors.torch import load_file
 from tiny import equal, make_llama, make_rows, masked_llama
 from tiny_run import LEARN, assert_same_masks, steps, wait_for_checkpoint
@@ -105,11 +105,7 @@ def recipe(name, **options):
 
 
 def work(rank, folder):
-    """Run one process; it saves what it found to folder/rank.pt, for the tests to judge."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    folder = Path(folder)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=COUNT)
+    """Return what one process finds, for the tests to judge."""
     processes = Processes(rank, COUNT)
     found = {f"DDP, {name}": in_ddp(rank, name, folder) for name in OPTIMIZERS}
     found["FSDP2"] = in_fsdp2(rank, folder)
@@ -121,8 +117,7 @@ def work(rank, folder):
     found["other settings"] = refusal(lambda: processes.agree({"train.lr": 0.1 + rank, "train.seed": 3}))
     other = mask_model(make_llama(), MaskConfig.paper(seed=rank))
     found["other scores"] = refusal(lambda: train_masks(other, rows(), settings(), processes=processes))
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 def after_collectives(rank):
@@ -144,12 +139,6 @@ def after_collectives(rank):
             current.append(torch.allclose(layer(x), layer.merge()(x), atol=1e-5))
             layer.reset_scores("normal")
     return current
-
-
-def refusal(call):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        call()
-    return str(caught.value)
 
 
 def in_ddp(rank, name, folder):
@@ -244,17 +233,13 @@ def stopped(rank, root, processes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return the folder in which both processes left what they found."""
-    folder = tmp_path_factory.mktemp("distributed")
-    # Forked processes have everything imported; processes under torchrun, below, are fresh.
-    torch.multiprocessing.start_processes(work, (str(folder),), nprocs=COUNT, start_method="fork")
-    return folder
+    return tmp_path_factory.mktemp("distributed")
 
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """Return what each process found."""
-    return [torch.load(folder / f"{rank}.pt") for rank in range(COUNT)]
+    """Return what each process found. They are forks of this one; those under torchrun, below, are fresh."""
+    return in_processes(work, COUNT, folder, folder)
 
 
 def alone(name):

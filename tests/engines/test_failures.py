@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lost_ranks import BOUND, COUNT, FAILED, STAGES, Case, Lab, Ranks, cases
+from lost_ranks import BOUND, COUNT, FAILED, STAGES, Case, Lab, cases
+from ranks import Ranks
 from tiny_run import run_main
 
 from mft.engines import failures

@@ -1,19 +1,17 @@
 """Two processes train like one, in the ways that save memory: the same scores, errors and checkpoints."""
 
-import contextlib
 import math
 import os
 import shutil
 import signal
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import Ranks, in_processes
 from tiny import make_rows, masked_llama, save_llama
-from tiny_run import assert_same_masks, free_port, steps, write_run
+from tiny_run import assert_same_masks, steps, write_run
 from tiny_ways import masked_mixture, scores_of
 from tiny_ways import rows_with_few_labels as rows
 
@@ -101,24 +99,17 @@ def trained(way, name, **options):
 # ---------------------------------------------------------------------------------------------- in both processes
 
 
-def work(rank, folder, port):
-    """Run one process; it saves what it found to folder/rank.pt, for the tests to judge."""
-    told = {"RANK": str(rank), "WORLD_SIZE": str(COUNT), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    os.environ |= told | {"GLOO_SOCKET_IFNAME": "lo", "MFT_CACHE": str(folder / "cache")}
-    torch.set_num_threads(1)
-    with open(folder / f"told by {rank}", "w") as file, contextlib.redirect_stdout(file):
-        found = {"run": run_until_a_signal(rank, folder)}
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=COUNT, timeout=timedelta(seconds=60))
+def work(rank, folder):
+    """Return what one process finds, for the tests to judge."""
     processes = Processes(rank, COUNT)
-    found |= {run: trained(*run, processes=processes) for run in RUNS}
+    found = {run: trained(*run, processes=processes) for run in RUNS}
     for way in ("plain", "in_place", "resident", "layerwise"):
         found["not finite", way] = one_row_is_not_finite(way, processes)
     for way in ("resident", "layerwise"):
         found["stopped", way] = stopped(way, folder / way, processes)
         for data in (rows, make_rows):  # in the rehearsal, and in a step
             found["no memory", way, data.__name__] = one_lacks_memory(way, data, processes)
-    torch.save(found, folder / f"{rank}.pt")
+    return found
 
 
 def failure(call):
@@ -206,7 +197,6 @@ def run_until_a_signal(rank, folder):
         patch.setattr(Saver, "after_step", stop)
         with pytest.raises(Stopped) as caught:
             run_train(config)
-    dist.destroy_process_group()
     return caught.value.code
 
 
@@ -215,21 +205,27 @@ def run_until_a_signal(rank, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return the folder with what both processes found, and a run that was stopped."""
+    """Return a folder with a run's configuration, model and data."""
     folder = tmp_path_factory.mktemp("summed")
     learn = (
         "train: {lr: 1e-2, epochs: null, steps: 4, batch_size: 2, accumulation: 2}\nmask: {layers_to_transform: 2-3}\n"
     )
     write_run(folder, learn)
-    # Forked processes have everything imported. test_distributed.py has fresh processes, under torchrun.
-    torch.multiprocessing.start_processes(work, (folder, free_port()), nprocs=COUNT, start_method="fork")
     return folder
 
 
 @pytest.fixture(scope="module")
 def found(folder):
     """Return what each process found."""
-    return [torch.load(folder / f"{rank}.pt") for rank in range(COUNT)]
+    return in_processes(work, COUNT, folder / "processes", folder)
+
+
+@pytest.fixture(scope="module")
+def stopped_run(folder):
+    """Return how both processes ended a run that a signal stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFT_CACHE", str(folder / "cache"))
+        return Ranks(folder, COUNT, lambda rank: run_until_a_signal(rank, folder)).wait()
 
 
 def assert_equal(ours, theirs):
@@ -288,16 +284,17 @@ def test_a_stopped_run_goes_on_with_two_processes_or_one(found, folder, tmp_path
 
 
 @pytest.mark.slow
-def test_auto_is_the_way_that_every_process_has_memory_for(found, folder):
-    told = "".join((folder / f"told by {rank}").read_text() for rank in range(COUNT))
+def test_auto_is_the_way_that_every_process_has_memory_for(stopped_run):
+    told = "".join(each.output for each in stopped_run)
     assert "memory: resident, an estimated" in told
     assert "(process 1 lacks the memory for a faster way)" in told
     assert told.count("memory: ") == 1  # the second process prints nothing
-    assert [each["run"] for each in found] == [128 + signal.SIGTERM] * COUNT
+    assert [each.code for each in stopped_run] == [128 + signal.SIGTERM] * COUNT
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_with_the_run_of_two_and_ends_as_if_it_had_begun(found, folder, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("stopped_run")
+def test_one_process_goes_on_with_the_run_of_two_and_ends_as_if_it_had_begun(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MFT_CACHE", str(tmp_path / "cache"))
     run = shutil.copytree(folder / "run", tmp_path / "run")
     assert [step for step, _ in steps(run)] == [1, STOP]

@@ -4,7 +4,8 @@ import os
 import signal
 
 import pytest
-from tiny_run import LEARN, Forked, assert_same_masks, free_port, steps
+from ranks import Ranks
+from tiny_run import LEARN, assert_same_masks, run_main, steps
 
 from mft.training.checkpoint import newest_checkpoint
 
@@ -12,13 +13,11 @@ COUNT = 2
 SHARDED = [*LEARN, f"train.accumulation={COUNT}", "memory=sharded", "mask.keep_ratio=0.8"]
 
 
-def on_two(cli, *arguments):
-    """Return (exit codes, what the first one printed) of two processes, started as torchrun does."""
-    told = {"WORLD_SIZE": str(COUNT), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-    told |= {"GLOO_SOCKET_IFNAME": "lo"}
-    processes = [Forked(cli, "train", *arguments, RANK=str(rank), **told) for rank in range(COUNT)]
-    output = "".join(process.communicate()[0] for process in processes)
-    return [process.returncode for process in processes], output
+def on_two(directory, *changes):
+    """Return (exit codes, what was printed) of a run in the directory on two processes."""
+    command = ["train", "--config", "config.yaml", *SHARDED, *changes]
+    found = Ranks(directory, COUNT, lambda rank: run_main(command)).wait()
+    return [each.code for each in found], "".join(each.output for each in found)
 
 
 @pytest.mark.slow
@@ -26,7 +25,7 @@ def test_two_processes_write_the_run_of_one(cli, tmp_path):
     more = ["train.eval_every=2", "train.keep_best=true", "checkpoint_minutes=0"]
     output = cli.done("train", "--config", "config.yaml", *SHARDED, *more, "output_dir=one")
     assert "memory: sharded" in output
-    codes, output = on_two(cli, "--config", "config.yaml", *SHARDED, *more, "output_dir=two")
+    codes, output = on_two(tmp_path, *more, "output_dir=two")
     assert codes == [0, 0], output
     assert output.count("result: two/masks") == 1
     assert_same_masks(tmp_path / "one", tmp_path / "two")
@@ -49,7 +48,7 @@ def test_one_process_goes_on_from_two(cli, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Saver, "after_step", stopping)
-        codes, output = on_two(cli, "--config", "config.yaml", *SHARDED, "checkpoint_minutes=0", "output_dir=run")
+        codes, output = on_two(tmp_path, "checkpoint_minutes=0", "output_dir=run")
     assert codes == [143, 143], output
     checkpoint, _ = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert checkpoint.step == 2

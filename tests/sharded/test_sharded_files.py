@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from processes import in_processes
+from ranks import in_processes
 from tiny import make_rows, save_llama
 from tiny_architectures import SIZES, gpt2, llama, mixtral
 from transformers import Gemma2Config, Gemma2ForCausalLM

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from ranks import torchrun_variables
 from tiny import WORDS, save_llama
-from tiny_run import LEARN, free_port
+from tiny_run import LEARN
 from transformers import LlamaConfig, LlamaForCausalLM
 
 COUNT = 4
@@ -24,8 +25,7 @@ print("most:", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 def peaks(*changes):
     """Return each process's peak of memory in a run: fresh processes, since a fork would begin with this one's heap."""
     run = ["--config", "config.yaml", *LEARN, "memory=sharded", f"train.accumulation={COUNT}", "train.steps=1"]
-    told = {"WORLD_SIZE": str(COUNT), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
-    told |= {"GLOO_SOCKET_IFNAME": "lo"}
+    told = torchrun_variables(COUNT)
     command = [sys.executable, "-c", MEASURED, "train", *run, "mask.init=magnitude", *changes]
     processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **told, "RANK": str(rank)})

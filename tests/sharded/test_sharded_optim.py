@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from processes import in_processes
+from ranks import in_processes, refusal
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -69,12 +69,6 @@ def whole(tensor):
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, tensor.detach().to_local())
     return torch.cat(parts)
-
-
-def refusal(call):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        call()
-    return str(caught.value)
 
 
 def work(rank):

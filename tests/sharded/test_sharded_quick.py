@@ -1,7 +1,7 @@
 """memory: sharded on two processes, and on one, updates like masks in place; test_sharded_run.py has the rest."""
 
 import torch
-from processes import in_processes
+from ranks import in_processes
 from tiny import make_rows, masked_llama
 
 from mft.config import TrainConfig

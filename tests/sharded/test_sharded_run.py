@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from processes import in_processes
+from ranks import in_processes, refusal
 from tiny import make_llama, make_rows
 from tiny_ways import masked_mixture, masks_of, scores_of
 from tiny_ways import rows_with_few_labels as rows
@@ -83,12 +83,6 @@ def trained(name, way="sharded", count=1, rank=0, changes=None, **options):
     train = settings(**own | (changes or {}))
     reports = train_masks(model, rows(), train, way=way, processes=processes, **options)
     return [report.loss for report in reports], scores_of(model), masks_of(model)
-
-
-def refusal(call, kind=ValueError):
-    with pytest.raises(kind) as caught:
-        call()
-    return str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------- in each process
