@@ -24,11 +24,11 @@ class MasterAdamW:
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], train: TrainConfig) -> None:
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         if not self.parameters:
             raise ValueError("the model must have a trainable parameter, all are frozen: mask it or unfreeze layers")
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(
+        self.masters: list[Tensor] = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             self.masters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True
         )
 

@@ -89,38 +89,15 @@ class Plain(OwnForward):
             budget.select(self._masked)
 
 
-class _ScoreAdamW:
-    """MaskAdamW over scores, with the interface of MasterAdamW."""
+class _ScoreAdamW(MasterAdamW):
+    """MaskAdamW over scores, which are their own masters in every dtype."""
 
     def __init__(self, masked: Sequence[MaskedLayer], train: TrainConfig) -> None:
         self.parameters = self.masters = [module.scores for module in masked]
         self.optimizer = score_optimizer(score_groups(masked), train)
 
-    def __enter__(self) -> "_ScoreAdamW":
-        return self
 
-    def __exit__(self, *_) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
-    def clip(self, max_norm: float) -> None:
-        nn.utils.clip_grad_norm_(self.parameters, max_norm)
-
-    def step(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def copy_masters(self) -> None:
-        """Do nothing: scores are their own masters."""
-
-
-Stepper = MasterAdamW | _ScoreAdamW  # a context, which removes its hooks at its end
-
-
-def make_stepper(model: nn.Module, train: TrainConfig) -> Stepper:
+def make_stepper(model: nn.Module, train: TrainConfig) -> MasterAdamW:
     """Make AdamW on fp32 masters of what requires grad, or MaskAdamW for scores if they or the moments are not fp32.
 
     Raises: ValueError if no parameter requires grad, or if weights are trained with moments that are not float32.
@@ -137,7 +114,7 @@ def make_stepper(model: nn.Module, train: TrainConfig) -> Stepper:
     return _ScoreAdamW(masked, train)
 
 
-def replace_gradients(model: nn.Module, stepper: Stepper, surrogate: Surrogate) -> None:
+def replace_gradients(model: nn.Module, stepper: MasterAdamW, surrogate: Surrogate) -> None:
     """Overwrite the straight-through gradients by the surrogate's, in the buffers that the optimiser reads."""
     masters = {id(p): master for p, master in zip(stepper.parameters, stepper.masters)}
     masked: list[Any] = [module for module in model.modules() if isinstance(module, MaskedLayer)]

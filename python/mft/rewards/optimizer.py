@@ -7,17 +7,19 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from mft.config import TrainConfig
-from mft.engines.plain import Stepper
+from mft.engines.master_weights import MasterAdamW
 from mft.training.loop import schedule_factor
 
 
 class SteppedOptimizer(torch.optim.Optimizer):
-    """A torch optimiser around a stepper of engines/plain.py, with the learning rate of its param_groups.
+    """A torch optimiser around a MasterAdamW, with the learning rate of its param_groups.
 
     before_update: called when the gradients are complete and not yet clipped or applied.
     """
 
-    def __init__(self, stepper: Stepper, train: TrainConfig, before_update: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, stepper: MasterAdamW, train: TrainConfig, before_update: Callable[[], None] | None = None
+    ) -> None:
         super().__init__(stepper.parameters, {"lr": train.lr})
         self._stepper, self._max_norm, self._before_update = stepper, train.max_grad_norm, before_update
 
