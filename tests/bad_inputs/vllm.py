@@ -11,7 +11,7 @@ from mft.masks.export import save_masks
 from mft.vllm import serve, versions
 from mft.vllm.adapters import Adapters
 from mft.vllm.flips import Flips, read_flips
-from mft.vllm.remote import Remote
+from mft.vllm.remote import change_server
 from mft.vllm.slices import Slices
 from mft.vllm.slots import Slots
 from mft.vllm.tasks import Tasks
@@ -97,7 +97,7 @@ flips that are something else
     read_flips({"step": 1})
     -> ValueError: flips | must be what mft.vllm.MaskStream sends | got another message (KeyError: 'streams')
 an address of a vLLM server without http
-    Remote("localhost:8000")
+    change_server("localhost:8000", {"task": None})
     -> ValueError: llm | must be an LLM, or a server's address | got 'localhost:8000'
 
 a task in vLLM that is used twice in a row

@@ -48,6 +48,11 @@ def wait_until_up(process, log):
     raise AssertionError(log.read_text()[-4000:])
 
 
+def task_in_use():
+    with urllib.request.urlopen(f"{ADDRESS}/v1/mft/tasks", timeout=60) as answer:
+        return json.load(answer)["task"]
+
+
 def complete(prompt, model=BASE):
     body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
     headers = {"Content-Type": "application/json"}

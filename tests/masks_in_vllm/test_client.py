@@ -13,7 +13,7 @@ import mft.vllm
 from mft.masks.convert import masked_modules
 from mft.vllm.failures import marked, sentence_of, unmarked
 from mft.vllm.flips import read_flips
-from mft.vllm.remote import Remote
+from mft.vllm.remote import change_server
 from mft.vllm.slices import Slices
 from mft.vllm.tasks import Tasks
 
@@ -145,7 +145,7 @@ def test_a_server_is_asked_over_http():
             self.send_response(200 if known else 400)
             self.end_headers()
             self.wfile.write(b"{}" if known else b'{"error": {"message": "task must be one of the server\'s"}}')
-            asked.append((self.path, body, self.headers["Authorization"]))
+            asked.append((self.path, body))
 
         def log_message(self, *_):
             pass
@@ -155,13 +155,13 @@ def test_a_server_is_asked_over_http():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
         mft.vllm.use(address, "code")
-        Remote(address, "key").change({"task": "code", "flips": {}})
+        change_server(f"{address}/", {"task": "code", "flips": {}})
         with pytest.raises(ValueError, match="^task must be one of the server's$"):
             mft.vllm.use(address, "cod")
         server.shutdown()
     assert asked[:2] == [
-        ("/v1/mft/use", b'{"task": "code"}', None),
-        ("/v1/mft/update", b'{"task": "code", "flips": {}}', "Bearer key"),
+        ("/v1/mft/use", b'{"task": "code"}'),
+        ("/v1/mft/update", b'{"task": "code", "flips": {}}'),
     ]
     with pytest.raises(RuntimeError, match=r"must answer, got .*: is python -m mft.vllm running\?"):
         mft.vllm.use(address, "code")

@@ -12,11 +12,10 @@ pytest.importorskip("transformers")
 
 import torch
 from real_base import PROMPTS, SETTINGS, make_tasks, masked_base, missing
-from real_http import ADDRESS, command, complete, running
+from real_http import ADDRESS, command, complete, running, task_in_use
 
 import mft.vllm
 from mft.masks.export import save_masks
-from mft.vllm.remote import Remote
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -36,7 +35,7 @@ def test_switches_under_load_lose_no_request_and_mix_no_tasks(server):
     alone = {}
     for task in ("code", "maths", None):
         mft.vllm.use(ADDRESS, task)
-        assert Remote(ADDRESS).tasks() == {"tasks": ["code", "maths"], "task": task}
+        assert task_in_use() == task
         alone[task] = [complete(prompt) for prompt in PROMPTS]
     assert len({tuple(texts) for texts in alone.values()}) == 3
 
@@ -70,7 +69,7 @@ def test_a_stream_of_flips_comes_over_http(server, capsys):
     wanted = [complete(prompt) for prompt in PROMPTS]
     size = mft.vllm.MaskStream(ADDRESS, "policy", model).update()
     assert f"policy, step 0: {size:,d} bytes for 210 of 210 layers" in capsys.readouterr().out
-    assert Remote(ADDRESS).tasks()["task"] == "policy"
+    assert task_in_use() == "policy"
     assert [complete(prompt) for prompt in PROMPTS] == wanted
     mft.vllm.use(ADDRESS, None)
 

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from mft.vllm.adapters import EAGER, Adapters
 from mft.vllm.failures import unmarked, while_alive
-from mft.vllm.remote import Remote
+from mft.vllm.remote import change_server
 from mft.vllm.versions import NAME, PER_REQUEST_BACKEND, check_vllm
 
 _ADAPTERS: WeakKeyDictionary[Any, Adapters] = WeakKeyDictionary()  # by LLM with masks per request
@@ -80,7 +80,7 @@ def use(llm: Any, task: str | None) -> None:
 def change(llm: Any, update: dict[str, Any]) -> None:
     """Send one update to the engine and empty its prefix cache, so that no answer uses the cache of other weights."""
     if isinstance(llm, str):
-        Remote(llm).change(update)
+        change_server(llm, update)
         return
     engine = llm.llm_engine
     if engine.has_unfinished_requests():

@@ -1,4 +1,4 @@
-"""An HTTP client for a server with masks (python -m mft.vllm)."""
+"""Change the masks of a server (python -m mft.vllm) over HTTP."""
 
 import http.client
 import json
@@ -9,37 +9,25 @@ from typing import Any
 _SECONDS = 600  # timeout of a request: a switch waits for the running answers
 
 
-class Remote:
-    """A server. address: such as http://127.0.0.1:8000. key: the server's --api-key, if it has one."""
+def change_server(address: str, update: dict[str, Any]) -> None:
+    """Send a switch, or a step of flips, to a server's address, such as http://127.0.0.1:8000.
 
-    def __init__(self, address: str, key: str | None = None) -> None:
-        if not address.startswith(("http://", "https://")):
-            raise ValueError(
-                f"llm must be an LLM, or a server's address such as http://127.0.0.1:8000, got {address!r}"
-            )
-        self.address, self.key = address.rstrip("/"), key
-
-    def change(self, update: dict[str, Any]) -> dict[str, Any]:
-        """Send a switch, or a step of flips. Raises: ValueError if the server refuses it; RuntimeError if it fails."""
-        return self._ask("/v1/mft/use" if update.get("flips") is None else "/v1/mft/update", update)
-
-    def tasks(self) -> dict[str, Any]:
-        """Return the tasks that the server knows, and the task in use."""
-        return self._ask("/v1/mft/tasks", None)
-
-    def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.address + path, data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            said = _message(error)
-            raise (ValueError if error.code < 500 else RuntimeError)(said) from None
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise RuntimeError(f"{self.address} must answer, got {reason}: is python -m mft.vllm running?") from None
+    Raises: ValueError if the server refuses it; RuntimeError if it fails.
+    """
+    if not address.startswith(("http://", "https://")):
+        raise ValueError(f"llm must be an LLM, or a server's address such as http://127.0.0.1:8000, got {address!r}")
+    address = address.rstrip("/")
+    route = "use" if update.get("flips") is None else "update"
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{address}/v1/mft/{route}", json.dumps(update).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
+            json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise (ValueError if error.code < 500 else RuntimeError)(_message(error)) from None
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise RuntimeError(f"{address} must answer, got {reason}: is python -m mft.vllm running?") from None
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -44,18 +44,13 @@ class Tasks:
         self.weights: dict[str, Tensor] = {}  # of the layers that a task masks
         self._tasks: dict[str, Masks] = {}
         self._steps: dict[str, int] = {}  # next step of each task that comes as flips
-        self._task: str | None = None
+        self.task: str | None = None  # the one whose masks are applied to the weights; None for the base
         self._hashes: dict[tuple[str, ...], str] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
         """The tasks, in the order in which they were added."""
         return tuple(self._tasks)
-
-    @property
-    def task(self) -> str | None:
-        """The task whose masks are applied to the weights, or None for the base."""
-        return self._task
 
     def masks(self, task: str | None) -> Masks:
         """What a task drops, by layer; None: nothing. Raises: ValueError for an unknown task."""
@@ -79,15 +74,15 @@ class Tasks:
     @torch.no_grad()
     def use(self, task: str | None) -> int:
         """Apply this task's masks, or restore the base; return how many weights that wrote. Raises: ValueError."""
-        old, before, after = self._task, self.masks(self._task), self.masks(task)
+        old, before, after = self.task, self.masks(self.task), self.masks(task)
         if old == task:
             return 0
         try:
             self._switch(before, after)
-            self._task = task
+            self.task = task
         except BaseException:  # also an interrupt: restore the old task
             self._switch(after, before)
-            self._task = old
+            self.task = old
             raise
         return sum(len(dropped.places) for masks in (before, after) for dropped in masks.values())
 
@@ -162,19 +157,19 @@ class Tasks:
     def _store(self, task: str, masks: Masks, step: int, written: Masks) -> None:
         """Store a task's masks after this step, and write the values of its flips if it is in use."""
         self._tasks[task], self._steps[task] = masks, step + 1
-        if task == self._task:
+        if task == self.task:
             for name, each in written.items():
                 each.put_back(self.weights[name])
 
     def _with_values(self, name: str, places: Places) -> Dropped:
         """Return the places with the base's values there, also while a task's masks are applied to the weight."""
         weight = self.weights[name]
-        held = self.masks(self._task).get(name, nothing_dropped(weight))
+        held = self.masks(self.task).get(name, nothing_dropped(weight))
         return Dropped(places, held.values_at(places, weight))
 
     def _base(self, name: str) -> Tensor:
         """Return the base's weight: the one in memory, or a copy without masks while masks are applied to it."""
-        held = self.masks(self._task).get(name)
+        held = self.masks(self.task).get(name)
         if held is None:
             return self.weights[name]
         whole = self.weights[name].clone()

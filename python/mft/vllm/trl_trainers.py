@@ -29,7 +29,7 @@ def masks_in_trl() -> Iterator[None]:
     check_vllm()
     generation, start = _generation()
 
-    def begun(self: Any) -> None:
+    def init_vllm(self: Any) -> None:
         _check(self)
         check_masks_alone(self.model)
         dtype = next(self.model.parameters()).dtype  # vLLM by itself would load an fp32 model in bf16
@@ -37,7 +37,7 @@ def masks_in_trl() -> Iterator[None]:
             start(self)
         self.sync_weights = MaskStream(self.llm, TASK, self.model).update
 
-    with patch.object(generation.VLLMGeneration, "_init_vllm", begun):
+    with patch.object(generation.VLLMGeneration, "_init_vllm", init_vllm):
         yield
 
 
@@ -49,11 +49,8 @@ def _generation() -> tuple[Any, Any]:
     try:
         from trl.generation import vllm_generation
 
-        start, _, _ = (
-            vllm_generation.VLLMGeneration._init_vllm,
-            vllm_generation.VLLMGeneration.sync_weights,
-            vllm_generation.LLM,
-        )
+        start = vllm_generation.VLLMGeneration._init_vllm
+        _ = vllm_generation.VLLMGeneration.sync_weights, vllm_generation.LLM
     except (AttributeError, ImportError) as error:
         raise RuntimeError(
             "TRL must start vLLM by trl.generation.vllm_generation, as 1.16 does, got none "

@@ -1,6 +1,7 @@
 """The versions of vLLM that this package works with, and the message for every other one."""
 
 import importlib.metadata as metadata
+import re
 
 NAME = "mft"  # the name of the quantization, the weight-transfer backend and both plugins
 PER_REQUEST_BACKEND = "mft_per_request"  # a second weight-transfer backend, whose masks are not in the weights
@@ -41,13 +42,8 @@ def installed_version() -> str | None:
 
 def _release(version: str) -> tuple[int, ...]:
     """Return (0, 32) for 0.32.1+cpu, and () if the version does not start with a number."""
-    numbers = []
-    for part in version.partition("+")[0].split(".")[:2]:
-        digits = part[: next((i for i, character in enumerate(part) if not character.isdecimal()), len(part))]
-        if not digits:
-            break
-        numbers.append(int(digits))
-    return tuple(numbers)
+    found = re.match(r"(\d+)(?:\.(\d+))?", version)
+    return tuple(int(number) for number in found.groups() if number) if found else ()
 
 
 def _text(version: tuple[int, ...]) -> str:
