@@ -84,6 +84,7 @@ def test_a_model_alone_can_be_evaluated_quantised(cli):
 def test_verbs_that_train_weights_refuse_a_quantised_base(cli, verb):
     output = cli.refused(verb, "model.quantization=nf4")
     assert f"model.quantization must be null for mft {verb}, which trains weights, got nf4" in output
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("mask", [{}, {"mode": "value"}, {"threshold": 0.01}])

@@ -53,7 +53,7 @@ def test_a_run_takes_as_many_batches_at_once_as_fit(with_free):
     for free, at_once in ((400, None), (80, 32)):
         with_free(free)
         config.memory = "layerwise"
-        assert plan_training(config).batches_at_once == at_once
+        assert plan_training(config).config.train.batches_at_once == at_once
 
 
 def test_processes_on_one_machine_share_its_memory(with_free, monkeypatch):
@@ -111,11 +111,11 @@ def test_quantized_means_nf4_unless_said_otherwise(with_free):
     everything = config_of(**ALL)
     everything.model.quantization, everything.model.quantize_masked = "nf4", True
     assert plan_training(everything).mode.name == "quantized"
-    assert plan_training(config_of(memory="quantized")).quantization == "nf4"
-    assert plan_training(config_of(memory="quantized", quantization="int8")).quantization == "int8"
+    assert plan_training(config_of(memory="quantized")).config.model.quantization == "nf4"
+    assert plan_training(config_of(memory="quantized", quantization="int8")).config.model.quantization == "int8"
     plan = plan_training(config_of(quantization="int8"))
-    assert (plan.mode.name, plan.quantization) == ("quantized", "int8")
-    assert plan_training(config_of()).quantization is None
+    assert (plan.mode.name, plan.config.model.quantization) == ("quantized", "int8")
+    assert plan_training(config_of()).config.model.quantization is None
 
 
 def test_frozen_layers_are_remembered_where_there_is_room_and_a_tenth_to_save(with_free):

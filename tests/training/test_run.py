@@ -12,7 +12,6 @@ from tiny_run import LEARN, events_of, killed_after
 
 import mft
 import mft.training.run
-from mft.engines.mode import MODES
 
 
 @pytest.fixture
@@ -35,8 +34,14 @@ def test_a_run_from_python_is_that_of_the_command_line(cli, config, tmp_path):
 
 
 def test_formats_that_are_chosen_are_those_of_the_run(config, monkeypatch):
-    planned, chosen = mft.training.run._planned, {"mode": MODES["resident"], "scores": "int16", "moments": "8bit"}
-    monkeypatch.setattr(mft.training.run, "_planned", lambda *args: dataclasses.replace(planned(*args), **chosen))
+    planned = mft.training.run._planned
+
+    def plan(config, processes):
+        mask, train = copy.deepcopy((config.mask, config.train))
+        mask.scores_dtype, train.moments = "int16", "8bit"
+        return planned(dataclasses.replace(config, memory="resident", mask=mask, train=train), processes)
+
+    monkeypatch.setattr(mft.training.run, "_planned", plan)
     mft.run_train(config)
     saved = mft.load_config("run/config.yaml")
     assert (saved.mask.scores_dtype, saved.train.moments) == ("int16", "8bit")
@@ -95,10 +100,3 @@ def test_a_command_that_torchrun_starts_again_goes_on(config, monkeypatch, capsy
     masks = masks_of(mft.run_train(mft.Begin(config, overwrite=True)))
     assert "goes on after step 1" in capsys.readouterr().out
     assert equal(masks, straight)
-
-
-def test_what_trains_weights_refuses_a_quantised_base_and_writes_nothing(config):
-    config.model.quantization = "int8"
-    with pytest.raises(ValueError, match="model.quantization must be null for mft finetune"):
-        mft.run_finetune(config)
-    assert not os.path.exists("run")

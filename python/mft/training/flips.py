@@ -1,9 +1,8 @@
 """Flips over training: the share of bits that differ from the first mask, and the share that changes per step."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,41 +21,36 @@ POINTS = 100  # the most points of a run's curve, so that counting costs little
 class FlipCurve:
     """Flips as shares of all masked weights: bits that differ from the first mask, and bits that changed per step."""
 
-    steps: list[int] = field(default_factory=list)
-    from_start: list[float] = field(default_factory=list)
-    a_step: list[float] = field(default_factory=list)
+    steps: list[int]
+    from_start: list[float]
+    a_step: list[float]
 
 
 class FlipCounter:
     """Counts flips every ``every`` steps and at the last step. Call it after each step.
 
-    initial: the masks before the first step. take_state has the masks that were counted last.
+    initial: the masks before the first step. write: called with step, from_start and a_step (see FlipCurve).
+    take_state has the masks that were counted last.
     """
 
-    def __init__(self, model: nn.Module, initial: dict[str, Tensor], *, every: int = 1) -> None:
-        self.curve = FlipCurve()
-        self._model, self._every = model, every
+    def __init__(
+        self, model: nn.Module, initial: dict[str, Tensor], write: Callable[..., object], *, every: int = 1
+    ) -> None:
+        self._model, self._write, self._every = model, write, every
         self._initial = self._last = initial
         self._counted = 0  # the step of _last
 
-    def __call__(self, report: StepReport) -> dict[str, Any] | None:
-        """Return the step's values if this step is counted, else None."""
-        if report.step % self._every and report.step != report.steps:
-            return None
-        return self._count(report)
+    def __call__(self, report: StepReport) -> None:
+        if report.step % self._every == 0 or report.step == report.steps:
+            self.finish(report)
 
-    def finish(self, report: StepReport) -> dict[str, Any] | None:
-        """Return the values of the last step of a run that ended early; None if that step was counted already."""
-        return None if self._counted == report.step else self._count(report)
-
-    def _count(self, report: StepReport) -> dict[str, Any]:
-        curve = self.curve
+    def finish(self, report: StepReport) -> None:
+        """Count the last step of a run, which may have ended early, unless it has been counted."""
         since = report.step - self._counted
-        curve.steps.append(report.step)
-        curve.from_start.append(flip_share(self._model, self._initial))
-        curve.a_step.append(flip_share(self._model, self._last) / since)
-        self._last, self._counted = initial_masks(self._model), report.step
-        return {"step": report.step, "from_start": curve.from_start[-1], "a_step": curve.a_step[-1]}
+        if since:
+            from_start, changed = flip_share(self._model, self._initial), flip_share(self._model, self._last)
+            self._write(step=report.step, from_start=from_start, a_step=changed / since)
+            self._last, self._counted = initial_masks(self._model), report.step
 
     def take_state(self) -> dict[str, Tensor]:
         """Return the tensors that put_state needs: 1 bit per weight."""

@@ -40,25 +40,15 @@ _KEYS = {
 class Plan:
     """How a run will train.
 
-    quantization: format of the base, or None. scores, moments: their formats. batches_at_once: see TrainConfig.
-    remember: whether the frozen layers' outputs are cached.
+    config: the run's, with the chosen formats and batches_at_once in the fields that it left open. remember: whether
+    the frozen layers' outputs are cached.
     """
 
     mode: Mode
     device: torch.device
-    quantization: str | None
-    scores: str
-    moments: str
-    batches_at_once: int | None
+    config: RunConfig
     remember: bool
     reason: str
-
-    def applied_to(self, config: RunConfig) -> RunConfig:
-        """Return config with the chosen values in the fields that it left open."""
-        model = replace(config.model, quantization=self.quantization)
-        mask = replace(config.mask, scores_dtype=self.scores)
-        train = replace(config.train, moments=self.moments, batches_at_once=self.batches_at_once)
-        return replace(config, model=model, mask=mask, train=train)
 
 
 def plan_training(config: RunConfig, processes: int = 1) -> Plan:
@@ -156,10 +146,13 @@ def _plan(
     config: RunConfig, way: str, device: torch.device, remember: bool, reason: str, chosen: Workload | None = None
 ) -> Plan:
     """Make the plan. chosen: None if nothing was estimated; fields that are "auto" then get their default."""
-    formats = unless_auto(config.mask.scores_dtype), unless_auto(config.train.moments), config.train.batches_at_once
+    scores, moments, at_once = config.mask.scores_dtype, config.train.moments, config.train.batches_at_once
     if chosen is not None:
-        formats = chosen.scores, chosen.moments, chosen.batches_at_once
-    return Plan(MODES[way], device, WAYS[way].base(config.model.quantization), *formats, remember, reason)
+        scores, moments, at_once = chosen.scores, chosen.moments, chosen.batches_at_once
+    model = replace(config.model, quantization=WAYS[way].base(config.model.quantization))
+    mask = replace(config.mask, scores_dtype=unless_auto(scores))
+    train = replace(config.train, moments=unless_auto(moments), batches_at_once=at_once)
+    return Plan(MODES[way], device, replace(config, model=model, mask=mask, train=train), remember, reason)
 
 
 def _named(mask: MaskConfig) -> tuple[str, ...] | None:

@@ -9,6 +9,7 @@ progress. The result is written last. A run is finished when the directory has i
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ def _finetune(run: Run) -> Path:
 def _train(run: Run) -> Path:
     plan = _plan(run)
     say(plan.reason)
-    config = plan.applied_to(run.config)
+    config = plan.config
     run = dataclasses.replace(run, config=config)
     source = open_source(config.data)
     splits = _read_splits(config, source)
@@ -159,10 +160,11 @@ def _plan(run: Run) -> Plan:
     else:
         with processes.together():
             plan = _planned(config, processes.count)
-        formats = min(processes.gather((plan.scores, plan.moments)), key=lambda pair: state_bytes(*pair))
-        if formats != (plan.scores, plan.moments):
-            mask = dataclasses.replace(config.mask, scores_dtype=formats[0])
-            config = dataclasses.replace(config, mask=mask, train=dataclasses.replace(config.train, moments=formats[1]))
+        own = plan.config.mask.scores_dtype, plan.config.train.moments
+        scores, moments = min(processes.gather(own), key=lambda pair: state_bytes(*pair))
+        if (scores, moments) != own:
+            mask = dataclasses.replace(config.mask, scores_dtype=scores)
+            config = dataclasses.replace(config, mask=mask, train=dataclasses.replace(config.train, moments=moments))
         with processes.together():
             plan = plan if config is run.config else _planned(config, processes.count)
         names = processes.gather(plan.mode.name)
@@ -172,7 +174,8 @@ def _plan(run: Run) -> Plan:
                 plan = _planned(dataclasses.replace(config, memory=slowest), processes.count)
                 reason = f"{plan.reason} (process {names.index(slowest)} lacks the memory for a faster way)"
                 plan = dataclasses.replace(plan, reason=reason)
-    return dataclasses.replace(plan, remember=all(processes.gather(plan.remember)))
+    config = dataclasses.replace(plan.config, memory=run.config.memory)  # as it was asked for
+    return dataclasses.replace(plan, config=config, remember=all(processes.gather(plan.remember)))
 
 
 def _planned(config: RunConfig, processes: int) -> Plan:
@@ -229,7 +232,8 @@ def _learn(outputs: Outputs, placed: Placed, splits: Splits, initial: dict[str, 
     steps = config.train.steps_for(count_rows(splits.train))
     # Only if autograd trains them are the scores in the model itself meanwhile.
     counts = placed.mode.trains_by_autograd and processes.first
-    flips = FlipCounter(model, initial, every=max(1, -(-steps // POINTS))) if counts else None
+    write = functools.partial(outputs.recorder.write, phase=PHASE)
+    flips = FlipCounter(model, initial, write, every=max(1, -(-steps // POINTS))) if counts else None
     first_masks = FirstMasks(initial) if config.mask.init in DATA_INITS and score_rows(model) is None else None
     facts = {
         "plan": {"way": placed.mode.name, "remember": placed.remember},
@@ -242,14 +246,14 @@ def _learn(outputs: Outputs, placed: Placed, splits: Splits, initial: dict[str, 
 
         def after_step(report: StepReport) -> None:
             on_step(report)
-            if flips is not None and (counted := flips(report)) is not None:
-                outputs.recorder.write(phase=PHASE, **counted)
+            if flips is not None:
+                flips(report)
 
         saver = checkpoints.saver(outputs.events, facts, on_step.go_on, [flips, validation, first_masks])
         hooks: dict[str, Any] = {"on_step": after_step, "saver": saver, "validation": validation}
         reports = train_masks(placed, splits.train, config.train, **hooks)
-        if flips is not None and (counted := flips.finish(reports[-1])) is not None:
-            outputs.recorder.write(phase=PHASE, **counted)
+        if flips is not None:
+            flips.finish(reports[-1])
     return checkpoints.ended(model, reports[-1], validation)
 
 
