@@ -81,8 +81,10 @@ class Failures:
         self.close()
         if follows and self._first is not None and self._rank not in self._first.ranks:
             raise self._first from error
-        if isinstance(error, Exception):
-            _record(error)
+        if isinstance(error, Exception) and "TORCHELASTIC_ERROR_FILE" in os.environ:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)  # torchrun shows it as the cause of the run's end
 
     # ---------------------------------------------------------------------------------------------- private
 
@@ -165,14 +167,6 @@ def _deaf_to_torchrun() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _record(error: Exception) -> None:
-    """Write the error to torchrun's error file; torchrun then shows it as the cause of the run's end."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)
 
 
 def _end(first: OtherFailed) -> NoReturn:

@@ -132,9 +132,9 @@ class InPlaceStates(WeightStates):
 class InPlace(ScoreRunner, OwnForward):
     """Trains only scores (states), in any format, with weights that hold their masks. Others: see OwnForward."""
 
-    states: InPlaceStates
+    states: WeightStates
 
-    def __init__(self, placed: Placed, run: Run, head: nn.Module, states: InPlaceStates) -> None:
+    def __init__(self, placed: Placed, run: Run, head: nn.Module, states: WeightStates) -> None:
         super().__init__(placed, run, head)
         self.states = states
 

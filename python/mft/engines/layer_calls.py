@@ -8,7 +8,6 @@ The model's own forward is not rewritten: enter and leave run it as it is, with 
 """
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +15,7 @@ from torch import Tensor, nn
 
 from mft.models.causal_lm import Run, decoder_layers, replaced_forwards
 
-
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one layer besides the hidden states."""
-
-    args: tuple
-    kwargs: dict[str, Any]
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # one layer's arguments besides the hidden states, unnamed and named
 
 
 class LayerCalls:
@@ -71,7 +64,7 @@ class LayerCalls:
 
         def note(hidden: Tensor, *args, **kwargs):
             entered.append(hidden)
-            calls.append(Call(args, kwargs))
+            calls.append((args, kwargs))
             return self._returned(hidden)
 
         with self._embedding_anywhere(), replaced_forwards(self.layers, lambda layer: note):
@@ -80,8 +73,8 @@ class LayerCalls:
 
     def run(self, index: int, hidden: Tensor, calls: list[Call]) -> Tensor:
         """Return the output of layer ``index`` for hidden (B, T, D)."""
-        call = calls[index]
-        output = self.layers[index](hidden, *call.args, **call.kwargs)
+        args, kwargs = calls[index]
+        output = self.layers[index](hidden, *args, **kwargs)
         return output[0] if self._returns_tuple else output
 
     def leave(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
@@ -111,6 +104,4 @@ def _equal(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(_equal, a, b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, Call):
-        return _equal(a.args, b.args) and _equal(a.kwargs, b.kwargs)
     return a is b or a == b

@@ -165,16 +165,11 @@ class ScoreStates:
         dtype = self.buffer_dtype(mask, dtype)
         return torch.zeros(rows_here(mask.scores).shape, dtype=dtype, device=self._mover.device)
 
-    def clip_factor(self, max_norm: float) -> Tensor:
-        """Return min(1, max_norm / (norm + 1e-6)) for the gradients of all scores together: fp32, 0-d on the device.
-
-        |weight * sign(score)| = |weight|, so the scores are not needed. Squares are added up in fp64.
-        """
-        total = self._squares()
-        return (max_norm / (total.sqrt() + _EPSILON)).clamp_(max=1.0).float()
-
     def _squares(self) -> Tensor:
-        """Return the sum of the squared gradients of all scores: fp64, 0-d on the device."""
+        """Return the sum of the squared gradients of all scores: fp64, 0-d on the device.
+
+        |weight * sign(score)| = |weight|, so the scores are not needed.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self._mover.device)
         for mask in self._masks:
             assert mask.grad is not None, "clipping needs every gradient"
@@ -203,7 +198,7 @@ class ScoreStates:
             if self._surrogate is not None:
                 for mask in masks:
                     self._replace(mask, *self._mover.bring([rows_here(mask.scores)]).wait())
-            factor = self.clip_factor(max_norm)
+            factor = (max_norm / (self._squares().sqrt() + _EPSILON)).clamp_(max=1.0).float()
         for mask, _ in zip(masks, summed, strict=True):
             packed = self._step(mask, factor)
             if packed is not None:

@@ -114,17 +114,13 @@ def _random(weight: Tensor, seed: int, name: str) -> Tensor:
     return torch.rand(weight.shape, generator=generator, device=weight.device)
 
 
-def _magnitude(weight: Tensor, seed: int, name: str) -> Tensor:
-    return weight.abs().float()
-
-
 def _magnitude_rows(weight: Tensor, seed: int, name: str) -> Tensor:
     return weight.abs().sum(-1, keepdim=True, dtype=torch.float64).float().expand(weight.shape).contiguous()
 
 
 _BY_WEIGHT: dict[str, Callable[[Tensor, int, str], Tensor]] = {
     "random": _random,
-    "magnitude": _magnitude,
+    "magnitude": lambda weight, seed, name: weight.abs().float(),
     "magnitude_rows": _magnitude_rows,
 }
 

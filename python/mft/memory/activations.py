@@ -85,7 +85,9 @@ class Layer:
         """Peak bytes of the recomputed forward and the backward pass, with the layer's input and output gradient."""
         routed = self._routed
         mlp = self._saved_attention + (self._saved_mlp + self.transient if routed is None else routed.peak)
-        return self._ends + max(mlp, self._norm_peak, self._attention_peak)
+        norm = self._saved_attention + _NORM_COPIES * self._norm
+        ends = 2 * self.hidden  # input, and gradient of the output
+        return ends + max(mlp, norm, self._attention_peak)
 
     @property
     def forward_peak(self) -> int:
@@ -109,10 +111,6 @@ class Layer:
 
     def _is_masked(self, *names: str) -> bool:
         return any(name.endswith(names) for name in self.masked)
-
-    @property
-    def _ends(self) -> int:
-        return 2 * self.hidden  # input, and gradient of the output
 
     @property
     def _norm(self) -> int:
@@ -162,10 +160,6 @@ class Layer:
         if self._is_masked("down_proj"):
             saved += self._width(self.shape.intermediate)
         return saved
-
-    @property
-    def _norm_peak(self) -> int:
-        return self._saved_attention + _NORM_COPIES * self._norm
 
     @property
     def _attention_peak(self) -> int:

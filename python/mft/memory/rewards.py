@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from mft.checks import check_one_of, check_rule
 from mft.memory.activations import CHUNK, Layer
 from mft.memory.shapes import ModelShape
+from mft.memory.sizes import Sizes
 
 LEARNERS = ("scores", "weights", "adapters", "everything")
 _LOGITS_SAMPLED = 4  # fp32 tensors (answers, vocabulary): logits, scaled logits, probabilities, a copy of these
 _LOGITS_LEARNED = 4  # fp32 tensors (chunk, vocabulary): logits, log-probabilities, two gradients
-
-Sizes = dict[str, int]
 
 
 def rewards_memory(
@@ -84,16 +83,11 @@ def rewards_memory(
         "logits": said * shape.vocabulary * (shape.dtype_bytes + 4 * _LOGITS_LEARNED),
     }
     return {
-        "sampling": _there(resident | sampling),
-        "learning": _there(resident | learning),
-        "update": _there(resident | {"gradients": 4 * learned}),
+        phase: {kind: size for kind, size in (resident | sizes).items() if size}
+        for phase, sizes in (("sampling", sampling), ("learning", learning), ("update", {"gradients": 4 * learned}))
     }
 
 
 def rewards_peak(phases: dict[str, Sizes]) -> int:
     """Return the bytes of the largest phase."""
     return max(sum(sizes.values()) for sizes in phases.values())
-
-
-def _there(sizes: Sizes) -> Sizes:
-    return {kind: size for kind, size in sizes.items() if size}

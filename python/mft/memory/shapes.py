@@ -130,7 +130,7 @@ def shape_from_config(config: Mapping[str, Any], name: str | None = None, *, dty
     kv_heads = positive(config, "num_key_value_heads", name, heads)
     head_dim = positive(config, "head_dim", name, hidden // heads)
     q, kv = heads * head_dim, kv_heads * head_dim
-    experts = mixture_from_config(config, name)
+    experts, quantized = mixture_from_config(config, name), config.get("quantization_config")
     linears = {
         "self_attn.q_proj": (q, hidden),
         "self_attn.k_proj": (kv, hidden),
@@ -157,7 +157,7 @@ def shape_from_config(config: Mapping[str, Any], name: str | None = None, *, dty
         sliding_window=_window(config),
         has_sinks=family == "gpt_oss",
         mixture=experts,
-        checkpoint=_checkpoint(config),
+        checkpoint=quantized.get("quant_method") if isinstance(quantized, Mapping) else None,
         dtype_bytes=DTYPE_BYTES[dtype or "bfloat16"],
     )
 
@@ -203,11 +203,6 @@ def _window(config: Mapping[str, Any]) -> int | None:
     family = config["model_type"]
     is_used = config.get("use_sliding_window", family in ("mistral", "mixtral"))
     return config.get("sliding_window") if is_used and family != "gpt_oss" else None
-
-
-def _checkpoint(config: Mapping[str, Any]) -> str | None:
-    settings = config.get("quantization_config")
-    return settings.get("quant_method") if isinstance(settings, Mapping) else None
 
 
 def _ends_with(name: str, suffix: str) -> bool:

@@ -317,9 +317,6 @@ class Sharded(InPlace):
         flipping = {name: size // parts for name, size in run.flipping().items() if name != "sums"}
         return {**own, "optimiser": resident | flipping, **run.selection(resident)}
 
-    def host(self, run: RunSizes) -> Sizes:
-        return {}
-
     def loading(self, run: RunSizes) -> Sizes:
         """Return what is whole in host memory before the first step, or on the first process after the last."""
         # Of the largest matrix: the weight, its absolute values, and three tensors in fp32 to draw the scores.

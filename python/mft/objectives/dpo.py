@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mft.checks import check_rule
 from mft.data.batches import MicroBatch
 from mft.objectives.log_prob_objective import LogProbObjective, log_probs_of
-from mft.objectives.pairs import check_pairs, count_pairs, pairs_of_row, summed_by_example
+from mft.objectives.pairs import check_pairs, pairs_of_row, summed_by_example
 
 
 class DPO(LogProbObjective):
@@ -34,7 +34,7 @@ class DPO(LogProbObjective):
         self._known.clear()
 
     def count(self, batch: MicroBatch) -> int:
-        return count_pairs(batch)
+        return sum(pairs_of_row(batch))
 
     def needs_reference(self, batch: MicroBatch) -> bool:
         return any(row not in self._known for row in batch.rows)

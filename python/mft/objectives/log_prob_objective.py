@@ -72,7 +72,7 @@ def log_probs_of(head: nn.Module, hidden: Tensor, batch: MicroBatch) -> Tensor:
     for part, chunk in chunks_of(scored_states(hidden, batch)):
         logits = head(chunk)
         for rows in few_rows(logits):
-            found[part][rows] = _log_p(logits[rows].float(), targets[part][rows])
+            found[part][rows] = _log_p(targets[part], logits[rows].float(), rows)
     return found
 
 
@@ -81,14 +81,11 @@ def _with_gradients(head: nn.Module, states: Tensor, targets: Tensor, factors: T
     factors = torch.ones(len(targets), device=states.device) if factors is None else factors
     log_probs, grads = torch.empty(len(targets), device=states.device), torch.empty_like(states)
     for part, chunk in chunks_of(states):
-        values_of = functools.partial(_log_p_of_rows, targets[part])
+        values_of = functools.partial(_log_p, targets[part])
         log_probs[part], grads[part] = backward_chunk(head, chunk, values_of, factors[part])
     return log_probs, grads
 
 
-def _log_p_of_rows(targets: Tensor, few: Tensor, rows: slice) -> Tensor:
-    return _log_p(few, targets[rows])
-
-
-def _log_p(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+def _log_p(targets: Tensor, logits: Tensor, rows: slice) -> Tensor:
+    """Return the log-probabilities of targets[rows], which these logits predict."""
+    return logits.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)

@@ -16,19 +16,6 @@ def check_pairs(dataset, name: str) -> None:
             raise ValueError(f"{rule}, got {len(starts)} in row {row}: give data with chosen and rejected")
 
 
-def count_pairs(batch: MicroBatch) -> int:
-    """Return the number of pairs in a micro-batch."""
-    assert batch.position_ids is not None, "check_pairs has seen the rows"
-    return int((batch.position_ids == 0).sum()) // 2
-
-
-def example_of_tokens(batch: MicroBatch) -> Tensor:
-    """Return (M,): the number of the example that each scored token belongs to, in the order of batch.labelled."""
-    assert batch.position_ids is not None, "check_pairs has seen the rows"
-    begins = (batch.position_ids == 0).flatten()
-    return (begins.cumsum(0) - 1)[batch.labelled.positions]
-
-
 def pairs_of_row(batch: MicroBatch) -> list[int]:
     """Return the number of pairs in each row."""
     assert batch.position_ids is not None, "check_pairs has seen the rows"
@@ -37,6 +24,9 @@ def pairs_of_row(batch: MicroBatch) -> list[int]:
 
 def summed_by_example(values: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """Sum values (M,), one per scored token, over each example; return the sums (chosen (P,), rejected (P,))."""
-    sums = torch.zeros(2 * count_pairs(batch), dtype=values.dtype, device=values.device)
-    sums = sums.index_add(0, example_of_tokens(batch).to(values.device), values)
+    assert batch.position_ids is not None, "check_pairs has seen the rows"
+    begins = (batch.position_ids == 0).flatten()
+    examples = (begins.cumsum(0) - 1)[batch.labelled.positions]  # the example of each scored token
+    sums = torch.zeros(int(begins.sum()), dtype=values.dtype, device=values.device)
+    sums = sums.index_add(0, examples.to(values.device), values)
     return sums[0::2], sums[1::2]

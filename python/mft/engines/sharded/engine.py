@@ -20,13 +20,12 @@ from torch import Tensor, nn
 from mft.checks import check_rule
 from mft.config import TrainConfig
 from mft.data.batches import MicroBatch
-from mft.engines.in_place import InPlaceMask, WeightStates
+from mft.engines.in_place import InPlace, InPlaceMask, WeightStates
 from mft.engines.offload import Mover
 from mft.engines.own_forward import OwnForward
 from mft.engines.placed import Placed
-from mft.engines.score_runner import ScoreRunner
 from mft.engines.score_states import HeldMask, grad_dtype, score_optimizer
-from mft.engines.sharded.model import SpreadModel, spread
+from mft.engines.sharded.model import SpreadModel, spread, whole_outside_layers
 from mft.engines.sharded.score_rows import as_scores, nan_of, score_rows, select_rows
 from mft.engines.step import OnLoss
 from mft.masks.budget import budget_of
@@ -76,10 +75,9 @@ class ShardedStates(WeightStates):
         self.group, self._rows, self._is_whole = placed.processes, masks, held is None
         of_model: dict[str, Any] = {"surrogate": placed.surrogate, "budget": budget_of(model)}
         super().__init__(masks, optimizer, mover, **of_model, grad_dtype=grad_dtype(train))
-        for mask in masks:
-            mask.scores.requires_grad_(False)
-            if self._is_whole:
-                self._forget(mask.module)
+        for mask in masks if self._is_whole else ():  # free the whole scores; until finish() every reader rejects them
+            scores = mask.module.scores.detach()
+            mask.module.scores.data = scores.new_full((), nan_of(scores.dtype)).expand(scores.shape)
         for mask in masks:
             if mask.module.threshold is not None and self.budget is None:
                 self._take([mask], [as_scores(rows_here(mask.scores), mask.module.threshold)])
@@ -129,10 +127,6 @@ class ShardedStates(WeightStates):
             whole = self.group.all_rows(rows_here(mask.scores), len(mask.parameter))
             mask.module.scores.data = whole.to(mask.module.weight.device)
 
-    def close(self) -> None:
-        for mask in self._rows:
-            mask.module.scores.requires_grad_(mask.module.scores.is_floating_point())
-
     def _take(self, masks: Sequence[Any], thresholds: Sequence[Tensor]) -> None:
         for mask, threshold in zip(masks, thresholds):
             mask.threshold = threshold
@@ -143,12 +137,6 @@ class ShardedStates(WeightStates):
         if self.group.count > 1:
             dist.all_reduce(total)
         return total
-
-    @staticmethod
-    def _forget(module: MaskedLayer) -> None:
-        """Free the module's whole scores. Until finish() they read as NaN, which every reader rejects."""
-        scores = module.scores.detach()
-        module.scores.data = scores.new_full((), nan_of(scores.dtype)).expand(scores.shape)
 
 
 class SpreadForward(OwnForward):
@@ -172,7 +160,7 @@ class SpreadForward(OwnForward):
         self._spread.close()
 
 
-class Sharded(ScoreRunner, SpreadForward):
+class Sharded(InPlace, SpreadForward):
     """Trains only scores, in any format, on a model of which each process holds some rows.
 
     every_batch: sum gradients over processes in each micro-batch, not once per step.
@@ -209,8 +197,8 @@ class Sharded(ScoreRunner, SpreadForward):
         self.states.finish()
 
     def close(self) -> None:
-        self.states.close()
         super().close()
+        SpreadForward.close(self)
 
     def _backward(self, batch: MicroBatch, scale: float) -> Tensor:
         with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
@@ -222,10 +210,6 @@ class Sharded(ScoreRunner, SpreadForward):
             if not reached:  # the batch has no token with a loss, but the other processes wait for this backward pass
                 hidden.backward(torch.zeros_like(hidden))
             return total
-
-    def _update(self, lr: float, max_norm: float | None) -> None:
-        self.states.step(lr, max_norm)
-        self.states.zero_grad()
 
 
 def start_sharded(placed: Placed, sample: Tensor, train: TrainConfig) -> Sharded:
@@ -255,7 +239,7 @@ def start_sharded(placed: Placed, sample: Tensor, train: TrainConfig) -> Sharded
     if weight_files(model) is not None:  # a whole model has been checked
         with contextlib.ExitStack() as undo:
             undo.callback(runner.close)
-            with copy.whole_outside_layers():
+            with whole_outside_layers(copy.model, copy.units):
                 processes.check_model(copy.model, sample.to(placed.device))
             undo.pop_all()
     return runner

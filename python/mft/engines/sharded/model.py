@@ -66,10 +66,6 @@ class SpreadModel:
         finally:
             self.head.reshard()
 
-    def whole_outside_layers(self) -> contextlib.AbstractContextManager[None]:
-        """Keep all but the decoder layers gathered inside the context, so that any part of the model can be called."""
-        return _whole(self.model, self.units)
-
     def close(self) -> None:
         """Destroy the process group of one process, if spread() made one."""
         self.own_group.close()
@@ -120,6 +116,20 @@ def spread(
         return SpreadModel(own, run, head, weights, units, own_group=group.pop_all())
 
 
+@contextlib.contextmanager
+def whole_outside_layers(model: nn.Module, units: list[FSDPModule]) -> Iterator[None]:
+    """Keep all but the decoder layers gathered inside the context, so that any part of the model can be called."""
+    layers = set(decoder_layers(model))
+    others = [unit for unit in units if unit not in layers]
+    for unit in others:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in others:
+            unit.reshard()
+
+
 # ---------------------------------------------------------------------------------------------- private
 
 
@@ -145,7 +155,7 @@ def _spread_from_files(
         with torch.no_grad():
             run(own, sample)  # FSDP2 takes the first module that runs for the root, and pads the rows
         if known is None:
-            with _whole(own, units):
+            with whole_outside_layers(own, units):
                 known = split(own, sample)
         if known[0] is run:
             weights = {name: getattr(*place) for name, place in places.items()}
@@ -204,19 +214,6 @@ def _shard(model: Any, run: Run, head: nn.Module, mesh: DeviceMesh) -> list[FSDP
         unit.set_gradient_divide_factor(1.0)  # gradients are summed, as the loss is divided already
         unit.set_force_sum_reduction_for_comms(True)
     return units
-
-
-@contextlib.contextmanager
-def _whole(model: nn.Module, units: list[FSDPModule]) -> Iterator[None]:
-    layers = set(decoder_layers(model))
-    others = [unit for unit in units if unit not in layers]
-    for unit in others:
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in others:
-            unit.reshard()
 
 
 @torch.no_grad()
