@@ -50,7 +50,8 @@ def describe_row(row: Mapping[str, Any], tokenizer: Any, pad: int, *, pairs: boo
                 text.append("rejected: " if number % 2 else "chosen: ", style="bold cyan")
         for is_scored, run in itertools.groupby(range(start, stop), key=scored.__getitem__):
             places = list(run)
-            pieces = "·".join(map(_visible, _pieces(ids, places[0], places[-1] + 1, tokenizer)))
+            texts = _pieces(ids, places[0], places[-1] + 1, tokenizer)
+            pieces = "·".join("⏎\n".join(map(one_line, piece.split("\n"))) for piece in texts)
             text.append(f"⟦{pieces}⟧" if is_scored else pieces, style="bold green" if is_scored else None)
     counts = f"{end} tokens, {sum(scored)} of them scored, and {len(ids) - end} of padding"
     if pairs:
@@ -82,7 +83,3 @@ def _pieces(ids: Sequence[int], start: int, stop: int, tokenizer: Any) -> Iterat
 
 def _decoded(ids: list[int], tokenizer: Any) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
-
-
-def _visible(text: str) -> str:
-    return "⏎\n".join(map(one_line, text.split("\n")))

@@ -64,7 +64,7 @@ def run_measure(console: Console, *, seconds: float = SECONDS) -> list[Row]:
     No verdict is given if the machine is busy at the start or at the end.
     """
     before = core_share(torch.get_num_threads())
-    console.print(told_of(before), soft_wrap=True)
+    console.print(contention_line(before), soft_wrap=True)
     size = fitting_size(seconds)
     rows: list[Row] = []
     with Progress(console).phase("measuring", len(DTYPES) * len(TOKENS) * len(OPS)) as phase:
@@ -75,12 +75,12 @@ def run_measure(console: Console, *, seconds: float = SECONDS) -> list[Row]:
     busy = before.is_busy or after.is_busy
     console.print(table_of(rows, size, busy=busy))
     if after.is_busy and not before.is_busy:
-        console.print(told_of(after), soft_wrap=True)
+        console.print(contention_line(after), soft_wrap=True)
     console.print(conclusion(rows, busy=busy), soft_wrap=True)
     return rows
 
 
-def told_of(found: Contention) -> str:
+def contention_line(found: Contention) -> str:
     """Return a line that says what the share of the cores means for the times, and what to do about it."""
     if not found.is_busy:
         return f"the machine is quiet: {found}"
@@ -160,7 +160,9 @@ def verdict(ratio: float, *, busy: bool = False) -> str:
 
 def table_of(rows: list[Row], size: int, *, busy: bool = False) -> Table:
     """Return a table with a line for each row, which compares our ops with dense."""
-    title = f"{_measured_backend()} and eager, times dense; N = K = {size}, {torch.get_num_threads()} threads"
+    asked = asked_for()
+    backend = f"auto ({mft_kernels.backend_report()['auto']['cpu']})" if asked == "auto" else asked
+    title = f"{backend} and eager, times dense; N = K = {size}, {torch.get_num_threads()} threads"
     table = Table(title=f"{title}; busy: no verdict" if busy else title)
     for name in ("", "M", "dense, ms", SCORES, HELD, EAGER):
         table.add_column(name, justify="right" if name else "left", no_wrap=not name)
@@ -187,9 +189,3 @@ def conclusion(rows: list[Row], *, busy: bool = False) -> str:
         what = "what auto takes" if taken == "auto" else taken
         return f"eager PyTorch is nowhere faster than {what} by more than {100 * (LEVEL - 1):.0f} %"
     return f"{taken} would be better off with eager PyTorch in {len(worse)} of {2 * len(rows)}: {'; '.join(worse)}"
-
-
-def _measured_backend() -> str:
-    """Return the name of the measured backend. For "auto", the name includes the backend that it takes."""
-    asked = asked_for()
-    return f"auto ({mft_kernels.backend_report()['auto']['cpu']})" if asked == "auto" else asked

@@ -26,6 +26,7 @@ Masks = Annotated[
     str, typer.Argument(help="An output_dir of mft train, its masks/, or user/repo[@revision] of the hub.")
 ]
 BaseModel = Annotated[str | None, typer.Option(help="The base; by default the one that the masks were learned on.")]
+AnyBase = Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")]
 BaseDtype = Annotated[str | None, typer.Option(help="The base's dtype; by default the one used in training.")]
 
 

@@ -3,7 +3,7 @@
 import math
 
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 
 from mft.evaluation.evaluate import Evaluation, paired_difference
 
@@ -11,9 +11,7 @@ from mft.evaluation.evaluate import Evaluation, paired_difference
 def evaluation_table(split: str, results: dict[str, Evaluation]) -> Table:
     """Return a table of the evaluations of one split, each compared with the first."""
     first = next(iter(results.values()))
-    table = Table(title=f"{split}: {_counts(first)}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("model", "loss", "difference", "accuracy", "difference"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    table = _table(f"{split}: {_counts(first)}", "model", "loss", "difference", "accuracy", "difference")
     for name, result in results.items():
         loss, accuracy = paired_difference(result, first), paired_difference(result, first, "accuracy")
         table.add_row(
@@ -28,20 +26,12 @@ def evaluation_table(split: str, results: dict[str, Evaluation]) -> Table:
 
 def evaluation_tables(split: str, results: dict[str, Evaluation]) -> list[Table]:
     """Return evaluation_table, and for a mix of sources a second table: the held-out loss of each source."""
-    tables, first = [evaluation_table(split, results)], next(iter(results.values()))
+    tables = [evaluation_table(split, results)]
     if parts := source_losses(results):
-        table = Table(
-            title=f"{split} by source: loss; differences from {next(iter(results))}",
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-        )
-        table.add_column("source")
-        first_name, *others = results
-        headings = ["documents", "tokens", first_name, *(word for name in others for word in (name, "difference"))]
-        for heading in headings:
-            table.add_column(heading, justify="right")
-        for source, part in first.by_source().items():
+        first, *others = results
+        headings = ["documents", "tokens", first, *(word for name in others for word in (name, "difference"))]
+        table = _table(f"{split} by source: loss; differences from {first}", "source", *headings)
+        for source, part in results[first].by_source().items():
             cells = [f"{len(part.documents)}", f"{int(part.tokens.sum())}"]
             for name in results:
                 found = parts[source][name]
@@ -61,9 +51,7 @@ def answer_table(split: str, results: dict[str, Evaluation], found: int) -> Tabl
         f"{split}: {count} of {found} answers, generated greedily; right if the text is the data's own, but for white "
         "space at its ends. The difference is paired, ± one standard error over documents."
     )
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("model", "right", "exact match", "difference"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    table = _table(title, "model", "right", "exact match", "difference")
     for name, result in results.items():
         pair = "" if result is first else _pair(*paired_difference(result, first, "accuracy"), 100, 2)
         table.add_row(name, f"{int(result.correct.sum())} of {count}", f"{100 * result.accuracy:.2f} %", pair)
@@ -89,6 +77,12 @@ def figure_lines(objective: str, results: dict[str, Evaluation]) -> list[str]:
         for name, result in results.items()
         if result.figures
     ]
+
+
+def _table(title: str, first: str, *headings: str) -> Table:
+    """Return a table without rows; all columns but the first are of numbers."""
+    columns = (Column(heading, justify="right") for heading in headings)
+    return Table(first, *columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def _counts(result: Evaluation) -> str:

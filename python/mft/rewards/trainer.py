@@ -141,15 +141,11 @@ class Trainer(GRPOTrainer):
         """Return own's head, and the states (M, D) that predict the answers' tokens, answer after answer."""
         run, head = self._split[id(own)]
         with by_own_length(own):
-            if self._shares_prompts(own):
+            # Answers share a pass over their prompt, but not with checkpointing or without a plain head.
+            if run is run_decoder and not self.config.gradient_checkpointing and reads_on(own):
                 return head, states_before_answers(own, ids, mask, kept)[mask[:, -kept:].bool()]
             hidden = run(own, ids, positions_of(decoder_of(own), mask), mask)[:, -kept - 1 : -1]
             return head, hidden[mask[:, -kept:].bool()]
-
-    def _shares_prompts(self, own: nn.Module) -> bool:
-        """Return whether answers can share a pass over their prompt: not with checkpointing or without a plain head."""
-        run, _ = self._split[id(own)]
-        return run is run_decoder and not self.config.gradient_checkpointing and reads_on(own)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         found = super()._generate_and_score_completions(inputs)

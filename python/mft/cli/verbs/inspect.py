@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mft.cli.keys import Keyed
-from mft.cli.options import INSPECT, BaseDtype, BaseModel, Config, Masks, Overrides, Set, given_overrides
+from mft.cli.options import INSPECT, AnyBase, BaseDtype, BaseModel, Config, Masks, Overrides, Set, given_overrides
 from mft.config_file import load_config
 
 verbs = typer.Typer()
@@ -43,7 +43,7 @@ def evaluate(
         bool, typer.Option("--run-generated-code", help="Let tasks run the model's code on this machine.")
     ] = False,
     output: Annotated[Path | None, typer.Option(help="Write the tasks' scores to this file, as JSON.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+    force: AnyBase = False,
     unquantized: Annotated[
         bool, typer.Option("--unquantized", help="Use exact weights even if the masks were learned on quantised ones.")
     ] = False,
@@ -88,7 +88,7 @@ def inspect(
     masks: Masks,
     model: BaseModel = None,
     dtype: BaseDtype = None,
-    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+    force: AnyBase = False,
     every_row: Annotated[bool, typer.Option("--all", help="One row per masked layer, not per kind of layer.")] = False,
 ) -> None:
     """Show how many weights masks keep, and how they differ from the magnitude mask."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mft.cli.options import SHARE, BaseDtype, BaseModel, Masks
+from mft.cli.options import SHARE, AnyBase, BaseDtype, BaseModel, Masks
 
 verbs = typer.Typer()
 
@@ -82,7 +82,7 @@ def export_masks(
     output: Annotated[Path, typer.Argument(help="The new masks.pt.")],
     model: BaseModel = None,
     dtype: BaseDtype = None,
-    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+    force: AnyBase = False,
 ) -> None:
     """Export masks for the paper's code."""
     from mft.cli.masks import run_export_masks

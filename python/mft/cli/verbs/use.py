@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mft.cli.options import USE, BaseDtype, BaseModel, Masks
+from mft.cli.options import USE, AnyBase, BaseDtype, BaseModel, Masks
 from mft.cli.waiting_threads import let_waiting_threads_sleep
 
 verbs = typer.Typer()
@@ -40,7 +40,7 @@ def merge(
     alpha: Annotated[
         float, typer.Option(help="Strength of the masks, in (0, 1]: dropped weights are scaled by 1 - alpha.")
     ] = 1.0,
-    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+    force: AnyBase = False,
 ) -> None:
     """Merge masks into the weights, and write an ordinary model.
 
@@ -67,7 +67,7 @@ def serve(
         str | None, typer.Option("--model", "--base", help="The base; by default the one of the first masks.")
     ] = None,
     dtype: BaseDtype = None,
-    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+    force: AnyBase = False,
     api_keys_file: Annotated[
         Path | None,
         typer.Option(
@@ -151,7 +151,7 @@ def generate(
     seed: AnswerSeed = 0,
     model: BaseModel = None,
     dtype: BaseDtype = None,
-    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+    force: AnyBase = False,
 ) -> None:
     """Answer prompts with the base and with the base plus masks."""
     from mft.cli.generate import Asked, Sampling, run_generate
@@ -171,7 +171,7 @@ def chat(
     seed: AnswerSeed = 0,
     model: BaseModel = None,
     dtype: BaseDtype = None,
-    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+    force: AnyBase = False,
 ) -> None:
     """Chat with the base and with the base plus masks.
 
@@ -204,7 +204,7 @@ def patch(
     ] = None,
     base: BaseModel = None,
     dtype: BaseDtype = None,
-    force: Annotated[bool, typer.Option("--force", help="Use masks that were learned on another base.")] = False,
+    force: AnyBase = False,
 ) -> None:
     """Write masks into a GGUF file for llama.cpp and Ollama, or undo it.
 

@@ -20,10 +20,6 @@ def most_bytes(length: int) -> int:
     return (1 << 16) + 32 * length
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 def _one_prompt(value: Any) -> Any:
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
         value = value[0]
@@ -96,7 +92,7 @@ class Body(Keys):
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=256)]],
         FailFast(),
-        BeforeValidator(_listed),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
         Field(max_length=4),
     ] = []
     stream: bool = False
