@@ -1,7 +1,6 @@
-"""Two gloo processes give the single-process result: DDP, FSDP2, and the recipe, from Python and under torchrun."""
+"""Two gloo processes give the single-process result: DDP, FSDP2, and mft train under torchrun."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -20,12 +19,10 @@ import mft
 from mft.config import MaskConfig, TrainConfig
 from mft.engines.distributed import Processes
 from mft.masks.convert import mask_model, masked_modules
-from mft.training.checkpoint import newest_checkpoint
-from mft.training.loop import finetune, train_masks
-from mft.training.saver import Saver, Stopped
+from mft.training.loop import train_masks
 from mft_kernels import MaskAdamW, MaskedLinear, kept_threshold
 
-COUNT, STEPS, STOP = 2, 4, 2
+COUNT, STEPS = 2, 4
 HEAVY = "model.layers.1.mlp.down_proj"
 
 # ---------------------------------------------------------------------------------------------- what is computed
@@ -75,32 +72,6 @@ def trained_scores(model):
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def settings(**changes):
-    return TrainConfig(**{"lr": 1e-2, "steps": STEPS, "batch_size": 2, "accumulation": COUNT, "seed": 3} | changes)
-
-
-# A sum of two terms has the same bits in either order. With more terms, or if a remembered row is batched with other
-# rows, the last bits depend on the order.
-RECIPES = {
-    "fp32": (masked, train_masks, {}, True),
-    "a row at a time": (masked, train_masks, {"batch_size": 1}, True),
-    "16 and 8 bits": (lambda: masked(scores_dtype="bfloat16"), train_masks, {"moments": "8bit"}, True),
-    "a budget": (lambda: mask_model(make_llama(), MaskConfig(budget=0.03)), train_masks, {}, True),
-    "clipped": (masked, train_masks, {"max_grad_norm": 0.1}, True),
-    "uneven shares": (masked, train_masks, {"accumulation": 3}, False),
-    "remembered layers": (masked_llama, train_masks, {}, False),
-    "16-bit weights": (lambda: make_llama(torch.bfloat16), finetune, {}, False),
-}
-
-
-def recipe(name, **options):
-    make, run, changes, _ = RECIPES[name]
-    model = make()
-    reports = run(model, rows(), settings(**changes), **options)
-    losses = [[report.step, report.loss, report.lr, report.tokens] for report in reports]
-    return {"reports": losses, "state": {key: value.clone() for key, value in model.state_dict().items()}}
-
-
 # ---------------------------------------------------------------------------------------------- in both processes
 
 
@@ -112,11 +83,10 @@ def work(rank, folder):
     found["FSDP2, MaskAdamW"] = by_mask_adamw_in_fsdp2(rank)
     found["uneven shards"] = in_uneven_shards()
     found["collectives"] = after_collectives(rank)
-    found |= {name: recipe(name, processes=processes) for name in RECIPES}
-    found["stopped"] = stopped(rank, folder / "checkpoints", processes)
     found["other settings"] = refusal(lambda: processes.agree({"train.lr": 0.1 + rank, "train.seed": 3}))
     other = mask_model(make_llama(), MaskConfig.paper(seed=rank))
-    found["other scores"] = refusal(lambda: train_masks(other, rows(), settings(), processes=processes))
+    train = TrainConfig(steps=1, accumulation=COUNT)
+    found["other scores"] = refusal(lambda: train_masks(other, rows(), train, processes=processes))
     return found
 
 
@@ -212,22 +182,6 @@ def in_uneven_shards():
     return squares(fully_shard(five_by_eight()))
 
 
-def stopped(rank, root, processes):
-    """Send a signal to the second process only, and continue the run."""
-    make, _, changes, _ = RECIPES["fp32"]
-
-    def stop(report):
-        if (rank, report.step) == (1, STOP):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    saver = Saver(root, math.inf, processes=processes)
-    with pytest.raises(Stopped) as caught:
-        train_masks(make(), rows(), settings(**changes), on_step=stop, saver=saver, processes=processes)
-    checkpoint, _ = newest_checkpoint(root)
-    saver = Saver(root, math.inf, checkpoint, processes=processes)
-    return {"code": caught.value.code, "step": checkpoint.step} | recipe("fp32", saver=saver, processes=processes)
-
-
 # ---------------------------------------------------------------------------------------------- DDP and FSDP2
 
 
@@ -304,33 +258,6 @@ def test_the_threshold_is_the_matrix_s_although_shards_are_uneven(found):
     expected = squares(five_by_eight())
     for each in found:
         assert equal(each["uneven shards"], expected)
-
-
-# ---------------------------------------------------------------------------------------------- the recipe
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_recipe_gives_the_single_process_result(found, name):
-    expected, exact = recipe(name), RECIPES[name][-1]
-    assert equal(found[0][name]["state"], found[1][name]["state"])
-    assert found[0][name]["reports"] == found[1][name]["reports"]
-    if exact:
-        assert found[0][name]["reports"] == expected["reports"]
-        assert equal(found[0][name]["state"], expected["state"])
-        return
-    for report, wanted in zip(found[0][name]["reports"], expected["reports"]):
-        assert report == pytest.approx(wanted, rel=1e-5)
-    for key, value in expected["state"].items():
-        assert (found[0][name]["state"][key] - value).float().norm() <= 1e-3 * value.float().norm()
-
-
-def test_a_signal_to_one_process_stops_all_with_one_checkpoint_from_which_they_go_on(found):
-    expected = recipe("fp32")
-    for each in found:
-        assert each["stopped"]["code"] == 128 + signal.SIGTERM
-        assert each["stopped"]["step"] == STOP
-        assert each["stopped"]["reports"] == expected["reports"]
-        assert equal(each["stopped"]["state"], expected["state"])
 
 
 def test_processes_that_disagree_are_told_in_what(found):

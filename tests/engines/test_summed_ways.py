@@ -1,16 +1,17 @@
-"""Two processes train like one, in the ways that save memory: the same scores, errors and checkpoints."""
+"""Two processes train like one, in every way but sharded: the same scores, errors and checkpoints."""
 
 import math
 import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import Ranks, in_processes
-from tiny import make_rows, masked_llama, save_llama
+from tiny import make_llama, make_rows, masked_llama, save_llama
 from tiny_run import assert_same_masks, steps, write_run
 from tiny_ways import masked_mixture, scores_of
 from tiny_ways import rows_with_few_labels as rows
@@ -21,24 +22,26 @@ from mft.config import MaskConfig, ModelConfig, TrainConfig
 from mft.config_file import load_config
 from mft.engines.distributed import Processes
 from mft.engines.mode import MODES
-from mft.masks.convert import mask_model
+from mft.masks.convert import mask_model, masked_modules
 from mft.masks.quantize import quantize_model
 from mft.memory.estimate import estimate
 from mft.memory.model_config import read_model_config
 from mft.memory.shapes import shape_from_config
 from mft.models.pretrained import load_model
 from mft.training.checkpoint import newest_checkpoint
-from mft.training.loop import train_masks
+from mft.training.loop import finetune, train_masks
 from mft.training.resume import Resume
 from mft.training.run import run_train
 from mft.training.saver import Saver, Stopped
 
 COUNT, STEPS, STOP = 2, 4, 2
-WAYS = ("in_place", "resident", "quantized", "layerwise")
+WAYS = ("plain", "in_place", "resident", "quantized", "layerwise")
 # ---------------------------------------------------------------------------------------------- what is computed
 
 
 def make(way, layers=(1, 2, 3), dtype=torch.float32, mixture=False, **mask):
+    if mask.get("nothing"):
+        return make_llama(dtype)
     model = masked_mixture(**mask) if mixture else masked_llama(layers=layers, dtype=dtype, **mask)
     if way == "quantized":
         quantize_model(model, "nf4", masked=True)
@@ -71,17 +74,27 @@ CASES = {
     "remembered layers": ({"layers": (2, 3)}, rows, {"batch_size": 3, "steps": 6}, LAST_BITS),
     "packed rows": ({}, packed_rows, {}, BITS),
     "a mixture": ({"mixture": True}, rows, {}, BITS),
+    "a row at a time": ({}, rows, {"batch_size": 1}, BITS),
+    "16 and 8 bits": ({"scores_dtype": "bfloat16"}, rows, {"moments": "8bit"}, BITS),
+    "a budget": ({"keep_ratio": None, "budget": 0.03, "mode": "auto", "init": "magnitude"}, rows, {}, BITS),
+    "weights": ({"nothing": True, "dtype": torch.bfloat16}, rows, {"lr": 1e-2}, SIXTEEN_BITS),
 }
 # Over codes the engine is resident's, with its weights read from elsewhere, whatever the dtype, and for a mixture too.
 OVER_CODES = ("fp32", "int16 scores, 8-bit moments", "bf16, sums in fp32", "a mixture")
-IN_PLACE = ("fp32", "bf16, sums in fp32", "clipped")
-LEFT_OUT = {
-    ("layerwise", "clipped"),
-    ("resident", "uneven portions"),
-    *(("quantized", name) for name in CASES if name not in OVER_CODES),
-    *(("in_place", name) for name in CASES if name not in IN_PLACE),
+BY_AUTOGRAD = ("a row at a time", "16 and 8 bits", "a budget", "weights")
+BY_LAYERS = [name for name in CASES if name not in BY_AUTOGRAD]
+NAMES = {
+    "plain": ("fp32", "clipped", "uneven shares", "remembered layers", *BY_AUTOGRAD),
+    "in_place": ("fp32", "bf16, sums in fp32", "clipped"),
+    "resident": [name for name in BY_LAYERS if name != "uneven portions"],
+    "quantized": OVER_CODES,
+    "layerwise": [name for name in BY_LAYERS if name != "clipped"],
 }
-RUNS = [(way, name) for way in WAYS for name in CASES if (way, name) not in LEFT_OUT]
+
+
+def slow(*values):
+    """Return the parameters of a test, which is slow except for plain."""
+    return pytest.param(*values, marks=[] if values[0] == "plain" else pytest.mark.slow)
 
 
 def settings(**changes):
@@ -91,24 +104,30 @@ def settings(**changes):
 def trained(way, name, **options):
     mask, data, changes, _ = CASES[name]
     model = make(way, **mask)
-    reports = train_masks(model, data(), settings(**changes), way=way, **options)
+    train = partial(train_masks, way=way) if masked_modules(model) else finetune
+    reports = train(model, data(), settings(**changes), **options)
     losses = [[report.step, report.loss, report.lr, report.tokens] for report in reports]
-    return {"reports": losses, "scores": scores_of(model)}
+    return {"reports": losses, "scores": learned(model)}
+
+
+def learned(model):
+    return scores_of(model) or {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 # ---------------------------------------------------------------------------------------------- in both processes
 
 
-def work(rank, folder):
+def work(rank, folder, way):
     """Return what one process finds, for the tests to judge."""
     processes = Processes(rank, COUNT)
-    found = {run: trained(*run, processes=processes) for run in RUNS}
-    for way in ("plain", "in_place", "resident", "layerwise"):
-        found["not finite", way] = one_row_is_not_finite(way, processes)
-    for way in ("resident", "layerwise"):
-        found["stopped", way] = stopped(way, folder / way, processes)
+    found = {name: trained(way, name, processes=processes) for name in NAMES[way]}
+    if way != "quantized":
+        found["not finite"] = one_row_is_not_finite(way, processes)
+    if way in STOPPED:
+        found["stopped"] = stopped(way, folder / way, processes)
+    if way in ("resident", "layerwise"):
         for data in (rows, make_rows):  # in the rehearsal, and in a step
-            found["no memory", way, data.__name__] = one_lacks_memory(way, data, processes)
+            found["no memory", data.__name__] = one_lacks_memory(way, data, processes)
     return found
 
 
@@ -150,7 +169,7 @@ def one_lacks_memory(way, data, processes):
 
 def stopped(way, root, processes):
     """Send a signal to the second process only, and continue the run."""
-    mask, data, changes, _ = CASES["int16 scores, 8-bit moments"]
+    mask, data, changes, _ = CASES[STOPPED[way]]
 
     def stop(report):
         if (processes.rank, report.step) == (1, STOP):
@@ -168,9 +187,10 @@ def goes_on(way, root, new_root, processes):
     checkpoint, _ = newest_checkpoint(root)
     assert checkpoint.step == STOP
     saver = Saver(new_root, math.inf, checkpoint, processes=processes)
-    return trained(way, "int16 scores, 8-bit moments", saver=saver, processes=processes)
+    return trained(way, STOPPED[way], saver=saver, processes=processes)
 
 
+STOPPED = {"plain": "fp32"} | dict.fromkeys(("resident", "layerwise"), "int16 scores, 8-bit moments")
 WIDEST = {"scores": "float32", "moments": "float32"}
 
 
@@ -216,8 +236,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """Return what each process found."""
-    return in_processes(work, COUNT, folder / "processes", folder)
+    """Return a function of a way, which returns what each process found."""
+    return cache(lambda way: in_processes(work, COUNT, folder / f"processes of {way}", folder, way))
 
 
 @pytest.fixture(scope="module")
@@ -234,12 +254,11 @@ def assert_equal(ours, theirs):
     assert all(torch.equal(ours["scores"][name], scores) for name, scores in theirs["scores"].items())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("way", "name"), RUNS)
+@pytest.mark.parametrize(("way", "name"), [slow(way, name) for way in WAYS for name in NAMES[way]])
 def test_two_processes_learn_what_one_does(found, way, name):
-    (one, other), alone = (each[way, name] for each in found), trained(way, name)
+    (one, other), alone = (each[name] for each in found(way)), trained(way, name)
     assert_equal(one, other)
-    tolerance, start = CASES[name][-1], scores_of(make(way, **CASES[name][0]))
+    tolerance, start = CASES[name][-1], learned(make(way, **CASES[name][0]))
     if tolerance == BITS:
         assert_equal(one, alone)
     for report, wanted in zip(one["reports"], alone["reports"], strict=True):
@@ -250,34 +269,32 @@ def test_two_processes_learn_what_one_does(found, way, name):
         assert (one["scores"][module].float() - scores.float()).norm() <= tolerance * moved, module
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["plain", "resident", "layerwise"])
+@pytest.mark.parametrize("way", map(slow, ("plain", "resident", "layerwise")))
 def test_a_loss_that_is_not_finite_in_one_process_stops_both_before_a_score_changes(found, way):
-    (kind, words), (other_kind, other) = sorted(each["not finite", way][:2] for each in found)
+    (kind, words), (other_kind, other) = sorted(each["not finite"][:2] for each in found(way))
     assert (kind, other_kind) == ("NonFiniteLoss", "OtherFailed")
     assert words.startswith("the loss must stay finite, got nan at step 1 of 4 in the batch of rows [0] (documents ")
     assert other in [
         f"process {rank} of 2 has stopped, so all processes stop: NonFiniteLoss: {words}" for rank in range(COUNT)
     ]
-    assert all(each["not finite", way][2] for each in found)
+    assert all(each["not finite"][2] for each in found(way))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["rows_with_few_labels", "make_rows"])
 @pytest.mark.parametrize("way", ["resident", "layerwise"])
 def test_a_lack_of_memory_in_one_process_stops_both(found, way, data):
-    first, second = (each["no memory", way, data] for each in found)
+    first, second = (each["no memory", data] for each in found(way))
     error = ("RuntimeError", "out of memory at layer 2")
     assert second == error
     assert first == ("OtherFailed", f"process 1 of 2 has stopped, so all processes stop: {': '.join(error)}")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["resident", "layerwise"])
+@pytest.mark.parametrize("way", map(slow, STOPPED))
 def test_a_stopped_run_goes_on_with_two_processes_or_one(found, folder, tmp_path, way):
-    straight = trained(way, "int16 scores, 8-bit moments")
-    for each in found:
-        code, resumed = each["stopped", way]
+    straight = trained(way, STOPPED[way])
+    for each in found(way):
+        code, resumed = each["stopped"]
         assert code == 128 + signal.SIGTERM
         assert_equal(resumed, straight)
     assert_equal(goes_on(way, folder / way, tmp_path, Processes()), straight)
