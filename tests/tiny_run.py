@@ -158,17 +158,17 @@ def run_main(command):
     return code
 
 
+def stop_after(step):
+    """Return an on_step that sends SIGTERM to this process after the step."""
+    return lambda report: report.step == step and os.kill(os.getpid(), signal.SIGTERM)
+
+
 def assert_goes_on_bit_for_bit(run, make, root, step):
     """Assert that run(model, on_step, saver), stopped by SIGTERM after ``step``, goes on as if it had not stopped."""
-
-    def stop(report):
-        if report.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     straight, resumed, heard = make(), make(), []
     expected = run(straight)
     with pytest.raises(Stopped) as stopped:
-        run(make(), on_step=stop, saver=Saver(root, math.inf))
+        run(make(), on_step=stop_after(step), saver=Saver(root, math.inf))
     assert stopped.value.code == 128 + signal.SIGTERM
     checkpoint, skipped = newest_checkpoint(root)
     assert (checkpoint.step, skipped) == (step, [])

@@ -115,16 +115,6 @@ def test_env_says_what_the_variable_asks_for(asked, told, own_table, monkeypatch
     assert served_on(torch.device("cpu"), automatic).startswith(told)
 
 
-def test_a_run_is_not_overwritten_unasked(cli, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
-    output = cli.refused("train", *LEARN)
-    assert "output_dir run already holds a run (metrics.jsonl)" in output
-    assert "--overwrite" in output
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "{}\n"
-    cli.done("train", *LEARN, "--overwrite")
-
-
 def test_a_directory_of_something_else_is_never_emptied(cli, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years")

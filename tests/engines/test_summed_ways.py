@@ -12,7 +12,7 @@ import pytest
 import torch
 from ranks import Ranks, in_processes
 from tiny import make_llama, make_rows, masked_llama, save_llama
-from tiny_run import assert_same_masks, steps, write_run
+from tiny_run import assert_same_masks, steps, stop_after, write_run
 from tiny_ways import masked_mixture, scores_of
 from tiny_ways import rows_with_few_labels as rows
 
@@ -169,17 +169,9 @@ def one_lacks_memory(way, data, processes):
 
 def stopped(way, root, processes):
     """Send a signal to the second process only, and continue the run."""
-    mask, data, changes, _ = CASES[STOPPED[way]]
-
-    def stop(report):
-        if (processes.rank, report.step) == (1, STOP):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    saver = Saver(root, math.inf, processes=processes)
+    options = {"saver": Saver(root, math.inf, processes=processes), "processes": processes}
     with pytest.raises(Stopped) as caught:
-        train_masks(
-            make(way, **mask), data(), settings(**changes), way=way, on_step=stop, saver=saver, processes=processes
-        )
+        trained(way, STOPPED[way], on_step=stop_after(STOP) if processes.rank == 1 else None, **options)
     return caught.value.code, goes_on(way, root, root / "on", processes)
 
 

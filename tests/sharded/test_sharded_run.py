@@ -1,13 +1,12 @@
 """memory: sharded gives the same result on one, two and four processes: that of masks in place on one."""
 
 import math
-import os
-import signal
 
 import pytest
 import torch
 from ranks import in_processes, refusal
 from tiny import make_llama, make_rows
+from tiny_run import stop_after
 from tiny_ways import masked_mixture, masks_of, scores_of
 from tiny_ways import rows_with_few_labels as rows
 
@@ -123,13 +122,8 @@ def saver_of(folder, rank, count):
 
 
 def stopped_at(step, folder, rank, name):
-    """Return a callback that sends a signal to the last process only."""
-
-    def stop(report):
-        if (rank, report.step) == (3, step):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    options = {"on_step": stop, "saver": saver_of(folder, rank, 4)}
+    """Run until a signal, which comes to the last process only."""
+    options = {"on_step": stop_after(step) if rank == 3 else None, "saver": saver_of(folder, rank, 4)}
     with pytest.raises(Stopped):
         trained(name, count=4, rank=rank, changes={"accumulation": 4}, **options)
 
