@@ -8,7 +8,7 @@ from tiny import make_llama
 from tiny_run import LEARN
 
 import mft
-from mft.cli.environment import served_on
+from mft.cli.environment import backend_line
 from mft.config_file import load_config
 from mft.training.flips import read_flips
 from mft.training.run_directory import check_run_directory
@@ -112,7 +112,7 @@ def test_env_says_what_the_variable_asks_for(asked, told, own_table, monkeypatch
     backends.register(backends.Backend("missing", frozenset({"cpu"}), frozenset(), {}, unavailable="no compiler"))
     automatic = backends.backend_report()["auto"]["cpu"]
     monkeypatch.setenv("MFT_KERNELS", asked)
-    assert served_on(torch.device("cpu"), automatic).startswith(told)
+    assert backend_line(torch.device("cpu"), automatic).startswith(told)
 
 
 def test_a_directory_of_something_else_is_never_emptied(cli, tmp_path):

@@ -62,7 +62,7 @@ def test_an_earlier_demo_is_deleted_finished_or_not_and_another_run_only_if_aske
     config, tmp_path, monkeypatch, capsys
 ):
     run, begun = tmp_path / "run", []
-    monkeypatch.setattr(demo, "_continued", lambda *_: "1 2 3")
+    monkeypatch.setattr(demo, "_continue", lambda *_: "1 2 3")
     monkeypatch.setattr(demo, "run_train", lambda start: begun.append(start.overwrite) or 1 / 0)
 
     def begins(**options):

@@ -5,7 +5,7 @@ from torch import nn
 
 from mft.config import TrainConfig
 from mft.engines.plain import make_stepper
-from mft.rewards.optimizer import SteppedOptimizer, scheduled
+from mft.rewards.optimizer import SteppedOptimizer, make_scheduler
 
 
 def test_weights_of_16_bits_step_on_clipped_gradients_of_their_masters_at_the_schedules_rate():
@@ -17,7 +17,7 @@ def test_weights_of_16_bits_step_on_clipped_gradients_of_their_masters_at_the_sc
         stepper.optimizer.register_step_pre_hook(
             lambda inner, *_: seen.append((inner.param_groups[0]["lr"], stepper.masters[0].grad.norm().item()))
         )
-        scheduler = scheduled(optimizer, train)
+        scheduler = make_scheduler(optimizer, train)
         for _ in range(2):
             (model(torch.ones(1, 8, dtype=torch.bfloat16)) * 100).sum().backward()
             assert model.weight.grad is None  # the master weight has it

@@ -214,7 +214,7 @@ def test_a_signal_before_the_server_is_ready_is_kept():
     """While the model loads there is nothing to change yet, and SIGHUP must not end the process."""
     lines = []
     reload = Reload(Log(TextLines(None), "info", lines.append))
-    with reload.on_hang_up():
+    with reload.catching_hang_up():
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(0.05)
         assert lines == []

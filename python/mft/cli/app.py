@@ -27,7 +27,7 @@ class _OneMessageAnError(typer.core.TyperGroup):
         return sorted(commands, key=lambda name: PANELS.index(commands[name].rich_help_panel))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, [_at_home(argument) for argument in args])
+        return super().parse_args(ctx, [_expand_home(argument) for argument in args])
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -41,7 +41,7 @@ class _OneMessageAnError(typer.core.TyperGroup):
             raise typer.Exit(2) from None
 
 
-def _at_home(argument: str) -> str:
+def _expand_home(argument: str) -> str:
     """Expand a ~ that the shell left in an argument or in --option=value. Configurations expand their own paths."""
     option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return option + equals + os.path.expanduser(value)

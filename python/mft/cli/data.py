@@ -74,12 +74,12 @@ def _pieces(ids: Sequence[int], start: int, stop: int, tokenizer: Any) -> Iterat
     while start < stop:
         before = list(ids[max(0, start - 1) : start])  # with some tokenizers, the first token of a text loses its space
         for end in range(start + 1, min(start + _LONGEST_CHARACTER, stop) + 1):
-            text = _decoded([*before, *ids[start:end]], tokenizer)[len(_decoded(before, tokenizer)) :]
+            text = _decode([*before, *ids[start:end]], tokenizer)[len(_decode(before, tokenizer)) :]
             if not text.endswith("\ufffd"):
                 break
         yield text
         start = end
 
 
-def _decoded(ids: list[int], tokenizer: Any) -> str:
+def _decode(ids: list[int], tokenizer: Any) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""

@@ -63,7 +63,7 @@ def run_demo(config: RunConfig, *, overwrite: bool = False) -> None:
     weights = sum(weight.numel() for weight in model.parameters())
     size = sum(weight.nbytes for weight in model.parameters())
     say(f"{config.model.name}: {weights:,} weights, {size / 1e6:,.0f} MB in {config.model.dtype}. {ABOUT}")
-    before = _continued(model, tokenizer)
+    before = _continue(model, tokenizer)
     say(f"\n{before}", style="cyan")
 
     _title(f"2. A mask learns from {config.data.source}; the weights stay as they are")
@@ -73,7 +73,7 @@ def run_demo(config: RunConfig, *, overwrite: bool = False) -> None:
 
     _title("3. The same prompt without and with the mask (the likeliest token each time)")
     load_masks(model, masks)
-    _show({"before": before, "after": _continued(model, tokenizer)})
+    _show({"before": before, "after": _continue(model, tokenizer)})
 
     _title("4. The mask becomes an ordinary model, which plain transformers reads back")
     run_merge(str(directory), directory / MODEL, None, None, force=False)
@@ -132,7 +132,7 @@ def _is_earlier_demo(config: RunConfig) -> bool:
     return dataclasses.replace(there, model=model, output_dir=config.output_dir) == config
 
 
-def _continued(model: Any, tokenizer: Any) -> str:
+def _continue(model: Any, tokenizer: Any) -> str:
     voices = Voices(model, tokenizer, {MODEL: contextlib.nullcontext})
     return PROMPT + voices.answer(MODEL, voices.prompt(PROMPT), Sampling(TOKENS))
 

@@ -32,14 +32,14 @@ def run_env(*, measure: bool) -> None:
         table.add_row(name, "yes" if entry["available"] else "no", entry["detail"], entry["reason"] or "")
     console.print(table)
     for kind, name in report["auto"].items():
-        say(served_on(torch.device(kind), name))
+        say(backend_line(torch.device(kind), name))
     if measure:
         from mft.cli.measure import run_measure
 
         run_measure(console)
 
 
-def served_on(device: torch.device, automatic: str) -> str:
+def backend_line(device: torch.device, automatic: str) -> str:
     """Return which backend serves the device: the one that MFT_KERNELS asks for, or the one that "auto" takes."""
     asked = asked_for()
     if asked == "auto":

@@ -147,15 +147,17 @@ def remarks(shape: ModelShape, workload: Workload, choice: Choice) -> list[str]:
     if choice.way is None:
         near = choice.nearest
         lines.append(
-            _nothing(shape, workload, choice) if near is None else f"nearest that fits: {difference(workload, near)}"
+            _shortage_line(shape, workload, choice)
+            if near is None
+            else f"nearest that fits: {difference(workload, near)}"
         )
     quantized = choice.estimates["quantized"]
     if workload.memory == "auto" and workload.quantization is None:
         refusal = choice.refusals.get("quantized")
         would = f"cannot be taken: {refusal}" if refusal else f"would fit in {gigabytes(quantized.device_peak)}"
         lines.append(f"quantized, which auto does not choose because it changes the base, {would}")
-    lines += _of_budget(shape, workload)
-    lines += _of_mixture(shape, choice)
+    lines += _budget_lines(shape, workload)
+    lines += _mixture_lines(shape, choice)
     reserve = RESERVE[workload.device]
     if reserve:
         lines.append(f"{gigabytes(reserve)} of the GPU are set aside for its context and the allocator's fragments")
@@ -230,7 +232,7 @@ def as_dictionary(
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _nothing(shape: ModelShape, workload: Workload, choice: Choice) -> str:
+def _shortage_line(shape: ModelShape, workload: Workload, choice: Choice) -> str:
     """Return a line for the case that no setting fits: what is missing, and what to do."""
     said = "no setting was found that fits"
     if choice.least is not None:
@@ -244,7 +246,7 @@ def _nothing(shape: ModelShape, workload: Workload, choice: Choice) -> str:
     return f"{said}; {fewer}, or take a smaller model"
 
 
-def _of_budget(shape: ModelShape, workload: Workload) -> list[str]:
+def _budget_lines(shape: ModelShape, workload: Workload) -> list[str]:
     """Return a line on the size of the mask file under a budget: about the entropy, which the coding nearly reaches."""
     share = workload.budget
     if share is None:
@@ -257,7 +259,7 @@ def _of_budget(shape: ModelShape, workload: Workload) -> list[str]:
     ]
 
 
-def _of_mixture(shape: ModelShape, choice: Choice) -> list[str]:
+def _mixture_lines(shape: ModelShape, choice: Choice) -> list[str]:
     """Return lines about a mixture of experts, and about the properties of such models."""
     mixture, lines = shape.mixture, list[str]()
     if mixture is None:

@@ -216,7 +216,7 @@ def open_voices(
     plain = next((each for each in (place, place / MODEL) if (each / "config.json").is_file()), None)
     if plain is None:
         check_run_has_masks(place)
-        raise _nothing_there(run, place)
+        raise _missing_model(run, place)
     for option, value in (("--model", model_name), ("--only", only)):
         check_rule(value is None, option, f"be left out for {run}, an ordinary model without masks", value)
     stored = read_model_config(str(plain)).get("dtype")
@@ -301,7 +301,7 @@ def _answer_all(voices: Voices, prompts: list[Prompt], sampling: Sampling) -> No
         say(f"\nas wanted: {', '.join(f'{name} {count} of {len(wanted)}' for name, count in right.items())}")
 
 
-def _nothing_there(run: str, place: Path) -> Exception:
+def _missing_model(run: str, place: Path) -> Exception:
     """Return an error that says why run has no model to answer with."""
     kinds = "an output_dir of mft train, its masks/, or a model's directory"
     if not place.is_dir():

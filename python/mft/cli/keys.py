@@ -78,8 +78,8 @@ def explain(asked: str, schema: Mapping[str, Any]) -> None:
     if not inside:
         by_last_name = {key.path: _last(key.path) for key in keys}
         paths = [key.path for key in keys]
-        begun = [path for path in paths if path.startswith(asked) or _last(path).startswith(asked)][:3]
-        close = f"; did you mean {' or '.join(begun)}?" if begun else nearest(asked, paths)
+        beginning = [path for path in paths if path.startswith(asked) or _last(path).startswith(asked)][:3]
+        close = f"; did you mean {' or '.join(beginning)}?" if beginning else nearest(asked, paths)
         close = close or nearest(_last(asked), by_last_name.values(), paths=by_last_name)
         known_sections = ", ".join(section.path for section in known if section.path)
         raise ValueError(f"unknown key {asked!r}{close or f'; sections: {known_sections}'}")

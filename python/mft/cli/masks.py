@@ -69,16 +69,16 @@ def run_inspect(masks: str, model_name: str | None, dtype: str | None, *, force:
     run_config, initial = config_of_run(directory), None
     model, _ = read_base(directory, model_name, dtype)
     why = f"no {CONFIG} of the run next to {directory} tells how the scores were initialised"
-    begun = None if run_config is None else load_saved(run_config).mask
-    if begun is not None and begun.init not in DATA_INITS:
+    mask_config = None if run_config is None else load_saved(run_config).mask
+    if mask_config is not None and mask_config.init not in DATA_INITS:
         # Initial scores depend only on configuration, layer name and weight, so the first masks can be computed again.
-        mask_model(model, begun)
+        mask_model(model, mask_config)
         grow_budget(model, 0, 1)
         initial = initial_masks(model)
     load_masks(model, directory, force=force)
-    if begun is not None and begun.init in DATA_INITS:
-        why = f"mask.init={begun.init} initialised the scores from data, with {begun.rule}"
-        if begun.threshold is not None:  # then all scores begin at it or above
+    if mask_config is not None and mask_config.init in DATA_INITS:
+        why = f"mask.init={mask_config.init} initialised the scores from data, with {mask_config.rule}"
+        if mask_config.threshold is not None:  # then all scores begin at it or above
             initial = {name: torch.ones_like(mask) for name, mask in initial_masks(model).items()}
     rows = mask_statistics(model, initial)
     console.print(_mask_table(rows if every_row else by_kind(rows), combined(rows, f"total of {len(rows)}")))

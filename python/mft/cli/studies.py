@@ -5,6 +5,6 @@ from importlib.metadata import entry_points
 from typing import Any
 
 
-def on_studies(verb: str) -> Callable[..., Any]:
+def study_function(verb: str) -> Callable[..., Any]:
     """Return what mft_study does for this verb."""
     return entry_points(group="mft.studies")[verb].load()

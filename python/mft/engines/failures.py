@@ -77,7 +77,7 @@ class Failures:
                 self._bid_farewell()
             except dist.DistError:
                 if follows and self._first is None:
-                    self._first = self._without_store()
+                    self._first = self._failure_of_store()
         self.close()
         if follows and self._first is not None and self._rank not in self._first.ranks:
             raise self._first from error
@@ -91,28 +91,28 @@ class Failures:
     def _first_after(self, error: BaseException, follows: bool) -> OtherFailed:
         """Return the first failure: this error, unless another process has failed before."""
         if isinstance(error, OtherFailed):
-            return self._put(error.ranks, error.words)
+            return self._store_failure(error.ranks, error.words)
         words = f"{type(error).__name__}: {error}"
-        return (self._wait_for_words() if follows else None) or self._put([self._rank], words)
+        return (self._wait_for_words() if follows else None) or self._store_failure([self._rank], words)
 
     def _wait_for_words(self) -> OtherFailed | None:
         """Return the first failure; if none is reported, that of the processes without a beat; None if all beat."""
         until, before = time.monotonic() + SILENCE, self._beats()
         while time.monotonic() < until:
-            if (first := self._told()) is not None:
+            if (first := self._stored_failure()) is not None:
                 return first
             time.sleep(BEAT / 10)
         gone = [rank for rank, (old, new) in enumerate(zip(before, self._beats())) if old == new]
-        return self._put(gone, None) if gone else None
+        return self._store_failure(gone, None) if gone else None
 
-    def _put(self, ranks: Sequence[int], words: str | None) -> OtherFailed:
+    def _store_failure(self, ranks: Sequence[int], words: str | None) -> OtherFailed:
         """Store this failure unless the store already has one; return the one in the store."""
         self._store.compare_set(_FIRST, "", json.dumps([ranks, words]))
-        first = self._told()
+        first = self._stored_failure()
         assert first is not None, "it has just been put there"
         return first
 
-    def _told(self) -> OtherFailed | None:
+    def _stored_failure(self) -> OtherFailed | None:
         """Return the first failure, or None if the store has none."""
         if not self._store.check([_FIRST]):
             return None
@@ -122,7 +122,7 @@ class Failures:
     def _beats(self) -> list[int]:
         return [self._store.add(f"beat {rank}", 0) for rank in range(self._count)]
 
-    def _without_store(self) -> OtherFailed:
+    def _failure_of_store(self) -> OtherFailed:
         """Return the failure of the process that held the store: torchrun or rank 0."""
         of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return OtherFailed([] if of_torchrun else [0], self._count, None)
@@ -132,11 +132,11 @@ class Failures:
         while self._first is None and not self._left.wait(BEAT):
             try:
                 self._store.add(f"beat {self._rank}", 1)
-                if (first := self._told()) is not None:
+                if (first := self._stored_failure()) is not None:
                     self._first = first
                     self._store.set(f"heard {self._rank}", "")
             except dist.DistNetworkError:
-                self._first = self._without_store()
+                self._first = self._failure_of_store()
         if self._first is not None and not self._left.wait(GRACE):
             _end(self._first)
 

@@ -116,7 +116,7 @@ class LayerEngine(ScoreRunner):
         return self.calls.run(layer, hidden, calls)
 
     def up(self, layer: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        with torch.no_grad(), self._at(f"layer {layer}, forward"):
+        with torch.no_grad(), self._name_place(f"layer {layer}, forward"):
             return self._run(layer, hidden, batch)
 
     def up_base(self, layer: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
@@ -128,8 +128,8 @@ class LayerEngine(ScoreRunner):
         self, batch: MicroBatch, hidden: Tensor, scale: float, base: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of losses and d(scale * sum) / d(hidden). base: as hidden, if the objective needs it."""
-        with self._at("the loss"):
-            reference = None if base is None else self._left(batch, base)
+        with self._name_place("the loss"):
+            reference = None if base is None else self._head_input(batch, base)
             leaf = hidden.detach().requires_grad_()
             final = self.calls.leave(batch.input_ids.to(self.mover.device), leaf)
             total = self.objective.backward(self.head, final, batch, scale, reference)
@@ -137,16 +137,16 @@ class LayerEngine(ScoreRunner):
 
     def remember_base(self, batch: MicroBatch, base: Tensor) -> None:
         """Remember the base's results for a batch that was trained on before the run was resumed."""
-        with self._at("the base's loss"):
-            self.objective.remember(self.head, self._left(batch, base), batch)
+        with self._name_place("the base's loss"):
+            self.objective.remember(self.head, self._head_input(batch, base), batch)
 
-    def _left(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
+    def _head_input(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
         with torch.no_grad():
             return self.calls.leave(batch.input_ids.to(self.mover.device), hidden)
 
     def down(self, layer: int, hidden: Tensor, grad: Tensor, batch: MicroBatch) -> Tensor | None:
         """Return the gradient with respect to the layer's input, or None for the first masked layer."""
-        with self._at(f"layer {layer}, backward"):
+        with self._name_place(f"layer {layer}, backward"):
             hidden = hidden.detach().requires_grad_(layer > self.first)
             output = self._run(layer, hidden, batch)
             edge = get_gradient_edge(output)
@@ -163,17 +163,17 @@ class LayerEngine(ScoreRunner):
 
     def remembered(self, batch: MicroBatch) -> Tensor | None:
         """Return the frozen layers' cached output for the batch, or None if a row has none. Its calls must be known."""
-        if not self._is_remembered(batch):
+        if not self._is_cached(batch):
             return None
         assert self.memory is not None
         return torch.stack([self.memory.states[row].to(self.mover.device) for row in batch.rows])
 
-    def _is_remembered(self, batch: MicroBatch) -> bool:
+    def _is_cached(self, batch: MicroBatch) -> bool:
         return self.memory is not None and all(row in self.memory.states for row in batch.rows)
 
-    def lacking_calls(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    def batches_without_calls(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Return the batches whose rows are all cached but whose layer arguments are unknown: they have to enter."""
-        return [batch for batch in batches if self._is_remembered(batch) and self._calls_of(batch) is None]
+        return [batch for batch in batches if self._is_cached(batch) and self._calls_of(batch) is None]
 
     def remember(self, batch: MicroBatch, hidden: Tensor) -> None:
         """Cache hidden, the input of the first masked layer, for the rows of the batch."""
@@ -181,7 +181,7 @@ class LayerEngine(ScoreRunner):
             for row, state in zip(batch.rows, hidden):
                 self.memory.remember(row, state)
 
-    def _at(self, place: str) -> AbstractContextManager:
+    def _name_place(self, place: str) -> AbstractContextManager:
         return naming_lack_of_memory(place, lambda: f"{self._live()}. {self._remedy()}")
 
     def _live(self) -> str:

@@ -83,7 +83,7 @@ class Layerwise(LayerEngine):
         _check_done(top.visits)
         _check_done(buffers)
         if lr is not None:
-            with self._at("the selection of the masks"):
+            with self._name_place("the selection of the masks"):
                 self.states.select()
 
     def recall(self, batches: Sequence[MicroBatch]) -> None:
@@ -91,7 +91,7 @@ class Layerwise(LayerEngine):
         if referring:
             self._recall_base(batches, referring)
             return
-        if self.memory is None or self._remembered_all(batches) is not None:
+        if self.memory is None or self._cached_outputs(batches) is not None:
             return
         visits = self._visit([self._outside, *range(self.first)])
         for (hidden,) in self._below(batches, visits):
@@ -104,7 +104,7 @@ class Layerwise(LayerEngine):
         for _ in range(self.depth):
             hidden = self._through(next(visits), hidden, batches)
         next(visits)
-        for batch, (state,) in zip(batches, self._taken(hidden)):
+        for batch, (state,) in zip(batches, self._take_each(hidden)):
             with torch.no_grad():
                 yield self.calls.leave(batch.input_ids.to(self.mover.device), state)
         _check_done(visits)
@@ -129,7 +129,7 @@ class Layerwise(LayerEngine):
 
     def _begin(self, batches: Sequence[MicroBatch], order: list[int]) -> tuple[Iterator[int], Resting]:
         """Return visits of order, and the inputs of the first masked layer: cached, or by visits of those below it."""
-        start = self._remembered_all(batches)
+        start = self._cached_outputs(batches)
         if start is not None:
             return self._visit(order), start
         visits = self._visit([self._outside, *range(self.first), *order])
@@ -152,7 +152,7 @@ class Layerwise(LayerEngine):
 
     def _through(self, layer: int, hidden: Resting, batches: Sequence[MicroBatch], *, keep: bool = False) -> Resting:
         """Run one layer on the hidden states of all micro-batches. The inputs' memory is reused unless keep is set."""
-        states = self._arriving(hidden) if keep else self._taken(hidden)
+        states = self._bring_each(hidden) if keep else self._take_each(hidden)
         return deque(self._rest(self.up(layer, state, batch)) for batch, (state,) in zip(batches, states))
 
     def _through_base(
@@ -162,9 +162,9 @@ class Layerwise(LayerEngine):
         if not referring:
             return base
         if layer == self.first:
-            states = self._arriving([state for batch, state in zip(batches, hidden) if batch in referring])
+            states = self._bring_each([state for batch, state in zip(batches, hidden) if batch in referring])
         else:
-            states = self._taken(base)
+            states = self._take_each(base)
         return deque(self._rest(self.up_base(layer, state, batch)) for batch, (state,) in zip(referring, states))
 
     def _recall_base(self, batches: Sequence[MicroBatch], referring: list[MicroBatch]) -> None:
@@ -173,7 +173,7 @@ class Layerwise(LayerEngine):
         for _ in range(self.first, self.depth):
             base = self._through_base(next(visits), base, hidden, batches, referring)
         next(visits)
-        for batch, (state,) in zip(referring, self._taken(base)):
+        for batch, (state,) in zip(referring, self._take_each(base)):
             self.remember_base(batch, state)
         for (state,) in hidden:
             self.mover.give_back(state)
@@ -188,8 +188,8 @@ class Layerwise(LayerEngine):
         scale: float,
         on_loss: OnLoss,
     ) -> Resting:
-        totals, grads, bases = [], Resting(), self._taken(base)
-        for batch, (state,) in zip(batches, self._taken(hidden)):
+        totals, grads, bases = [], Resting(), self._take_each(base)
+        for batch, (state,) in zip(batches, self._take_each(hidden)):
             total, grad = self.loss(batch, state, scale, *(next(bases) if batch in referring else ()))
             totals.append(total)
             grads.append(self._rest(grad))
@@ -200,7 +200,7 @@ class Layerwise(LayerEngine):
     def _buffers(self, sums: Resting) -> Iterator[list[Tensor]]:
         """Yield each layer's gradient buffers on the device, from the last layer down: from sums if any, else zeros."""
         if sums:
-            yield from self._taken(sums)
+            yield from self._take_each(sums)
             return
         for layer in reversed(range(self.first, self.depth)):
             yield [self.states.new_buffer(mask, self.grad_dtype) for mask in self.masks_of_layer[layer]]
@@ -211,7 +211,7 @@ class Layerwise(LayerEngine):
         for mask, buffer in zip(self.masks_of_layer[layer], buffers, strict=True):
             mask.hold(buffer)
         inputs = Resting()
-        arriving = self._taken(top.boundaries.pop()), self._taken(top.grads)
+        arriving = self._take_each(top.boundaries.pop()), self._take_each(top.grads)
         for batch, (hidden,), (grad,) in zip(top.batches, *arriving):
             d_hidden = self.down(layer, hidden, grad, batch)
             if d_hidden is not None:
@@ -232,7 +232,7 @@ class Layerwise(LayerEngine):
         """Take the layer's optimiser step unless lr is None, and release its buffers."""
         masks = self.masks_of_layer[layer]
         if masks and lr is not None:
-            with self._at(f"the optimiser step of layer {layer}"):
+            with self._name_place(f"the optimiser step of layer {layer}"):
                 self.states.update(masks, lr)
             self._updated = masks
         for mask in masks:
@@ -242,7 +242,7 @@ class Layerwise(LayerEngine):
         """Copy tensors from the device to host memory."""
         return [self.mover.store(tensor) for tensor in tensors]
 
-    def _arriving(self, resting: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
+    def _bring_each(self, resting: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
         """Yield each list's tensors on the device, while the next list is being copied."""
         ahead: Arrival | None = None
         for tensors in resting:
@@ -256,8 +256,8 @@ class Layerwise(LayerEngine):
         if ahead is not None:
             yield ahead.wait()
 
-    def _taken(self, resting: Resting) -> Iterator[list[Tensor]]:
-        """Do the same as _arriving, but empty resting and let the memory of its tensors be reused."""
+    def _take_each(self, resting: Resting) -> Iterator[list[Tensor]]:
+        """Do the same as _bring_each, but empty resting and let the memory of its tensors be reused."""
 
         def take() -> Iterator[list[Tensor]]:
             while resting:
@@ -266,11 +266,11 @@ class Layerwise(LayerEngine):
                 for tensor in tensors:
                     self.mover.give_back(tensor)
 
-        return self._arriving(take())
+        return self._bring_each(take())
 
     def _visit(self, order: list[int]) -> Iterator[int]:
         """Yield each group's number while its tensors are on the device; the next group is copied meanwhile."""
-        arriving = self._arriving(self._groups[number] for number in order)
+        arriving = self._bring_each(self._groups[number] for number in order)
         for number in order:
             group, arrived = self._groups[number], next(arriving)
             resting = [tensor.data for tensor in group]
@@ -286,8 +286,8 @@ class Layerwise(LayerEngine):
                         self.mover.store(tensor.data, out=data)
                     tensor.data = data
 
-    def _remembered_all(self, batches: Sequence[MicroBatch]) -> Resting | None:
-        lacking = self.lacking_calls(batches)
+    def _cached_outputs(self, batches: Sequence[MicroBatch]) -> Resting | None:
+        lacking = self.batches_without_calls(batches)
         for _ in self._visit([self._outside] if lacking else []):
             for batch in lacking:
                 self.enter(batch)

@@ -50,7 +50,7 @@ class OwnForward(Runner):
             self._objective.prepare(batches)
             for batch in batches:
                 on_loss(batch, self._backward(batch, scale))
-        with self._at("the optimiser step"):
+        with self._name_place("the optimiser step"):
             self._update(lr, max_norm)
 
     def recall(self, batches: Sequence[MicroBatch]) -> None:
@@ -68,7 +68,7 @@ class OwnForward(Runner):
 
     def _backward(self, batch: MicroBatch, scale: float) -> Tensor:
         """Run a micro-batch's forward and backward passes; return the sum of its losses."""
-        with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
+        with self._name_place(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
             base = self._base(batch) if self._objective.needs_reference(batch) else None
             ids, positions = inputs_of(batch, self.model, self._device)
             hidden = self._prefix(ids, batch.rows, positions)
@@ -85,7 +85,7 @@ class OwnForward(Runner):
         with evaluating(self.model), as_base(self.model):
             return self._prefix(ids, batch.rows, positions)
 
-    def _at(self, place: str) -> AbstractContextManager:
+    def _name_place(self, place: str) -> AbstractContextManager:
         return naming_lack_of_memory(
             place,
             lambda: (

@@ -62,7 +62,7 @@ class Plain(OwnForward):
         """See step.Runner. The masks selected here are reused by the next forward."""
         return [current_mask(m.scores, m.keep_ratio, m.threshold, m.mode).packed for m in self._masked]
 
-    def relearned(self) -> None:
+    def refresh(self) -> None:
         """Update the model after a change of the trained tensors, so that it computes with them."""
         self._stepper.copy_masters()
         self._select()

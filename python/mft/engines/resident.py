@@ -45,7 +45,7 @@ class Resident(LayerEngine):
                 self._descend(batch, boundaries, top)
         if lr is None:
             return
-        with self._at("the optimiser step"):
+        with self._name_place("the optimiser step"):
             self.states.update(masks, lr, max_norm)
             self.states.select()
 
@@ -82,7 +82,7 @@ class Resident(LayerEngine):
 
     def _below(self, batch: MicroBatch) -> Tensor:
         """Return the input of the first masked layer."""
-        for unknown in self.lacking_calls([batch]):
+        for unknown in self.batches_without_calls([batch]):
             self.enter(unknown)
         hidden = self.remembered(batch)
         if hidden is None:

@@ -29,5 +29,5 @@ class ScoreRunner(Runner):
     def packed_masks(self) -> list[Tensor]:
         return self.states.packed_masks()
 
-    def relearned(self) -> None:
-        self.states.relearned()
+    def refresh(self) -> None:
+        self.states.refresh()

@@ -141,7 +141,7 @@ class ScoreStates:
         self._mover.finish()
         return [mask.packed for mask in self._masks]
 
-    def relearned(self) -> None:
+    def refresh(self) -> None:
         """Select the masks again after a change of the scores."""
         if self.budget is not None:
             self.select()
@@ -215,8 +215,8 @@ class ScoreStates:
             return
         self._mover.finish()
         with naming_layer([mask.module for mask in self._masks]):
-            threshold = self.budget.threshold(self._brought)
-        for mask, scores in zip(self._masks, self._brought()):
+            threshold = self.budget.threshold(self._scores_on_device)
+        for mask, scores in zip(self._masks, self._scores_on_device()):
             mask.module.threshold = threshold
             fixed_point = scores.dtype == torch.int16
             mask.threshold = scores.new_full((), code_at_least(threshold) if fixed_point else threshold)
@@ -241,7 +241,7 @@ class ScoreStates:
         assert module.threshold is not None, "train_masks has checked it"
         surrogate.replace(grad, scores.detach(), threshold=module.threshold, mode=module.mode, weight=mask.weight())
 
-    def _brought(self) -> Iterator[Tensor]:
+    def _scores_on_device(self) -> Iterator[Tensor]:
         """Yield the scores of each layer, on the device while they are read."""
         for mask in self._masks:
             yield from self._mover.bring([rows_here(mask.scores)]).wait()

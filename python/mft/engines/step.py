@@ -78,7 +78,7 @@ class Runner(Reader):
         """Return the next step's masks in pack_mask's format, to be read; in lockstep, this process's rows."""
         raise NotImplementedError
 
-    def relearned(self) -> None:
+    def refresh(self) -> None:
         """Update the model after a change of the trained tensors, so that it computes with them."""
 
     def finish(self) -> None:

@@ -21,7 +21,7 @@ def learned_base(masks: Path, name: str | None = None, dtype: str | None = None)
     The run's configuration comes before the masks; name and dtype override both.
     Raises: ValueError if none names a base, or as read_description.
     """
-    path, known = _known(masks)
+    path, known = _known_base(masks)
     model = load_saved(path, known).model
     if name is None and not known:
         raise ValueError(f"--model must name the base, {masks} does not")
@@ -44,7 +44,7 @@ def config_of_run(masks: Path) -> Path | None:
 
 def evaluated_config(masks: Path, overrides: Sequence[str]) -> tuple[RunConfig, str]:
     """Return the base and data on which masks are evaluated, and where they were found. overrides take precedence."""
-    path, known = _known(masks)
+    path, known = _known_base(masks)
     config = load_saved(path, [*known, *overrides])
     model = config.model
     sources = config.data.sources
@@ -88,7 +88,7 @@ def base_words(kind: str | None, quantize_masked: bool, export: MaskExport | Non
     return f"{base}; the masks were learned on {_words(*learned)}"
 
 
-def _known(masks: Path) -> tuple[Path | None, list[str]]:
+def _known_base(masks: Path) -> tuple[Path | None, list[str]]:
     """Return the run's configuration file or None, and overrides: its paths as seen from here, or the masks' base."""
     path = config_of_run(masks)
     if path is not None:

@@ -33,7 +33,7 @@ def initialise_scores(
 
     Returns: the same model. Raises: as importance; ValueError if nothing is masked.
     """
-    masked = _masked(model)
+    masked = _masked_layers(model)
     found = importance(model, masked, method, dataset, rows=rows, batch_size=batch_size, seed=seed)
     for name, module in masked.items():
         values = found.pop(name).double()
@@ -41,7 +41,7 @@ def initialise_scores(
             values /= _last_kept(values, module.keep_ratio).clamp(min=torch.finfo(torch.float32).tiny)
         elif method in SIGNED:
             values = dense_ranks(values).double() + 1
-        _begin(module, _scaled(values))
+        _begin(module, _scale(values))
     _select(model, masked)
     return model
 
@@ -82,7 +82,7 @@ def init_from_data(
     check_one_of("init", mask.init, DATA_INITS)
     placed = place(model, **options)
     model = placed.model
-    masked = _masked(model)
+    masked = _masked_layers(model)
     norms = input_norms(placed, masked, dataset, rows=mask.calibration_rows, batch_size=batch_size, seed=mask.seed)
     norms = placed.processes.gather({name: norm.cpu() for name, norm in norms.items()})[0]
 
@@ -111,7 +111,7 @@ def wanda_scores(name: str, weight: Tensor, norms: Tensor, mask: MaskConfig) -> 
     check_tells_apart(name, mask.init, values)
     if mask.keep_ratio is not None:
         values = values / _last_kept(values, mask.keep_ratio).clamp(min=torch.finfo(torch.float32).tiny)
-    return _scaled(values) + (mask.threshold or 0.0)
+    return _scale(values) + (mask.threshold or 0.0)
 
 
 # ---------------------------------------------------------------------------------------------- for one-shot masks
@@ -130,7 +130,7 @@ def as_stored(module: Any, values: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _scaled(values: Tensor) -> Tensor:
+def _scale(values: Tensor) -> Tensor:
     """Scale values to root mean square 0.02; fp32 and positive, as a score of 0 never learns: sign(0) = 0."""
     scores = (values * (_SCALE / values.square().mean((-2, -1), keepdim=True).sqrt())).float()
     return scores.clamp_(min=torch.finfo(torch.float32).tiny)
@@ -156,7 +156,7 @@ def _last_kept(values: Tensor, keep_ratio: float) -> Tensor:
     return values.kthvalue(columns - kept + 1, dim=-1, keepdim=True).values
 
 
-def _masked(model: nn.Module) -> dict[str, Any]:
+def _masked_layers(model: nn.Module) -> dict[str, Any]:
     masked = masked_modules(model)
     if not masked:
         raise ValueError("model must hold masked layers, found none: call mask_model(model, config) first")

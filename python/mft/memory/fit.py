@@ -95,7 +95,7 @@ def _formats(workload: Workload) -> list[Workload]:
 
 def _choose_way(shape: ModelShape, workload: Workload, device_bytes: float | None, host_bytes: float | None) -> Choice:
     """Choose the memory mode for a workload whose formats are set."""
-    fitted = {name: _fitted(shape, way.of(workload), device_bytes, host_bytes) for name, way in WAYS.items()}
+    fitted = {name: _fit_batches(shape, way.of(workload), device_bytes, host_bytes) for name, way in WAYS.items()}
     estimates = {name: found for name, (_, found) in fitted.items()}
     refusals = {}
     for name, found in estimates.items():
@@ -127,7 +127,7 @@ def _candidates(workload: Workload) -> list[str]:
     return [way.name for way in ways_over(workload.quantization, workload.device)]
 
 
-def _fitted(
+def _fit_batches(
     shape: ModelShape, workload: Workload, device_bytes: float | None, host_bytes: float | None
 ) -> tuple[Workload, Estimate]:
     """Set batches_at_once, if it is None, to the most that fit; if none fit, to the value that needs the least."""
@@ -170,7 +170,7 @@ def _nearest(
     workloads = sorted(_variants(workload), key=lambda pair: pair[0])
     needed: list[tuple[int, int]] = []
     for _, changed in workloads:
-        _, found = _fitted(shape, changed, device_bytes, host_bytes)
+        _, found = _fit_batches(shape, changed, device_bytes, host_bytes)
         if WAYS[changed.memory].obstacle(changed, found.quantized):
             continue
         if _shortage(found, workload.device, device_bytes, host_bytes) is None:

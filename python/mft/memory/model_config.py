@@ -31,7 +31,7 @@ def read_model_config(name: str) -> dict[str, Any]:
             f"model must be {', '.join(known_models())}, a config.json, a model directory or a hub id, got {name!r}"
             f"{hint}"
         )
-    return _from_hub(name, hint)
+    return _read_from_hub(name, hint)
 
 
 # ---------------------------------------------------------------------------------------------- private
@@ -43,7 +43,7 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     return read_object(path, _MOST_CONFIG)
 
 
-def _from_hub(name: str, hint: str) -> dict[str, Any]:
+def _read_from_hub(name: str, hint: str) -> dict[str, Any]:
     from transformers import AutoConfig  # imported here because it takes seconds; the other sources do not need it
 
     from mft.files.hub import hub_is_reachable

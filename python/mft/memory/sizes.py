@@ -117,16 +117,16 @@ class RunSizes:
         n, k = self.shape.matrices[name]
         return 4 * n * -(-k // 32)
 
-    def updating(self, names: Sequence[str]) -> Sizes:
+    def update_sizes(self, names: Sequence[str]) -> Sizes:
         """Return the largest bytes of one matrix's step while the next one's gradients are being summed."""
         pairs = zip(names, [*names[1:], None])
         steps = [
-            {"staging": self._staging(name), "sums": 0 if other is None else self.sum_of(other, self.grad_bytes)}
+            {"staging": self._staging_bytes(name), "sums": 0 if other is None else self.sum_of(other, self.grad_bytes)}
             for name, other in pairs
         ]
         return max(steps, key=lambda sizes: sum(sizes.values()))
 
-    def flipping(self) -> Sizes:
+    def flip_sizes(self) -> Sizes:
         """Return the most bytes of one matrix's step in place: a copy of it, a byte per weight, and its mask."""
         staging = max(self.size_of(name) * (self.shape.dtype_bytes + 1) + self.mask_of(name) for name in self.named)
         return {"staging": staging, "sums": max(self.sum_of(name, self.grad_bytes) for name in self.named)}
@@ -143,7 +143,7 @@ class RunSizes:
         """Return the bytes of one matrix's gradient in fp32 if several processes sum gradients in 16 bits; else 0."""
         return 4 * self.size_of(name) if self.workload.processes > 1 and grad_bytes == 2 else 0
 
-    def _staging(self, name: str) -> int:
+    def _staging_bytes(self, name: str) -> int:
         """Return the bytes of one matrix's states, new mask, and dense weight if it is quantised."""
         dense = self.shape.dtype_bytes if self.workload.quantize_masked else 0
         return int(self.size_of(name) * (self.workload.state_bytes + dense)) + self.mask_of(name)

@@ -66,7 +66,7 @@ def step_seconds(run: RunSizes, way: Way) -> float:
     travels = way.traffic(run, tokens * shape.hidden * shape.dtype_bytes)
     states = 2 * trained * workload.state_bytes if way.offloads else 0
     step = max(compute, travels / speeds.link) + max(update, states / speeds.link)
-    step += way.waited_for(run) / speeds.link
+    step += way.waiting_bytes(run) / speeds.link
     return step if workload.budget is None else step + _selection_seconds(trained, workload, way)
 
 

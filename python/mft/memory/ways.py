@@ -40,7 +40,7 @@ class Way:
         masked = workload.quantize_masked and quantization is not None
         return replace(workload, memory=self.name, quantization=quantization, quantize_masked=masked)
 
-    def of_auto(self, device: str) -> bool:
+    def is_for_auto(self, device: str) -> bool:
         """Whether memory: auto considers the mode on a device of this type."""
         return True
 
@@ -77,7 +77,7 @@ class Way:
         """Return the bytes that cross the link in a step, without the states. boundary: bytes of one boundary."""
         raise NotImplementedError
 
-    def waited_for(self, run: RunSizes) -> int:
+    def waiting_bytes(self, run: RunSizes) -> int:
         """Return the bytes, in addition to that traffic, that cross the link while the device waits."""
         return 0
 
@@ -138,7 +138,7 @@ class InPlace(Plain):
 
     name = "in_place"
 
-    def of_auto(self, device: str) -> bool:
+    def is_for_auto(self, device: str) -> bool:
         return device == "cpu"  # not timed on other devices yet
 
     def obstacle(self, workload: Workload, quantized: int) -> str | None:
@@ -157,7 +157,7 @@ class InPlace(Plain):
         added = dtype if workload.own_accumulation > 1 or workload.grad_dtype is not None else 0
         return {
             **self.autograd(run, resident, added),
-            "optimiser": resident | run.flipping(),
+            "optimiser": resident | run.flip_sizes(),
             **run.selection(resident),
         }
 
@@ -178,7 +178,7 @@ class Resident(Way):
             "loss": resident | {"logits": run.loss, "reference": run.reference(2)},
             "backward": resident
             | {"activations": max(run.layer(i).peak for i in above), "boundaries": _RESIDENT_BOUNDARIES * run.hidden},
-            "optimiser": resident | run.updating(run.named),
+            "optimiser": resident | run.update_sizes(run.named),
             **run.selection(resident),
         }
 
@@ -237,7 +237,7 @@ class Layerwise(Way):
             held = two(i, following) | {"gradients": gradients(i, following)}
             larger("backward", held | {"activations": run.layer(i).peak, "boundaries": boundaries})
             if run.named_in[i]:
-                larger("optimiser", held | run.updating(run.named_in[i]) | {"boundaries": boundaries})
+                larger("optimiser", held | run.update_sizes(run.named_in[i]) | {"boundaries": boundaries})
         return phases | run.selection({})
 
     def host(self, run: RunSizes) -> Sizes:
@@ -257,9 +257,9 @@ class Layerwise(Way):
         """
         weights = sum(run.weights_of_layer) + sum(run.weights_of_layer[run.first :])
         boundaries = (2 * run.shape.layers + 4 * run.above) * boundary
-        return run.workload.portions * weights + boundaries + self.waited_for(run)
+        return run.workload.portions * weights + boundaries + self.waiting_bytes(run)
 
-    def waited_for(self, run: RunSizes) -> int:
+    def waiting_bytes(self, run: RunSizes) -> int:
         """Return the bytes of gradient sums that leave: their memory is needed for the next ones."""
         return (run.workload.portions - 1) * run.masked_weights * run.grad_bytes
 
@@ -270,7 +270,7 @@ class Sharded(InPlace):
     name = "sharded"
     spreads = True
 
-    def of_auto(self, device: str) -> bool:
+    def is_for_auto(self, device: str) -> bool:
         return False  # it needs several processes, so users ask for it by name
 
     def obstacle(self, workload: Workload, quantized: int) -> str | None:
@@ -314,16 +314,16 @@ class Sharded(InPlace):
             summing = {"activations": saved, "gathered": below, "sums": sent}
             found += [before | {"gradients": done} | sizes for sizes in (at_work, summing)]
         own["backward"] = max(found, key=lambda sizes: sum(sizes.values()))
-        flipping = {name: size // parts for name, size in run.flipping().items() if name != "sums"}
-        return {**own, "optimiser": resident | flipping, **run.selection(resident)}
+        flip_sizes = {name: size // parts for name, size in run.flip_sizes().items() if name != "sums"}
+        return {**own, "optimiser": resident | flip_sizes, **run.selection(resident)}
 
     def loading(self, run: RunSizes) -> Sizes:
         """Return what is whole in host memory before the first step, or on the first process after the last."""
         # Of the largest matrix: the weight, its absolute values, and three tensors in fp32 to draw the scores.
-        begun = max(map(run.size_of, run.named)) * (2 * run.shape.dtype_bytes + 12)
+        drawn = max(map(run.size_of, run.named)) * (2 * run.shape.dtype_bytes + 12)
         exported = 2 * sum(run.mask_bytes)  # packed, and as they are written
         rows = run.scores // run.workload.processes if run.workload.device == "cpu" else 0
-        return {"whole": max(begun, exported), "states": rows}
+        return {"whole": max(drawn, exported), "states": rows}
 
 
 # The fastest first.
@@ -332,5 +332,5 @@ WAYS: dict[str, Way] = {way.name: way for way in (Plain(), InPlace(), Resident()
 
 def ways_over(quantization: str | None, device: str) -> list[Way]:
     """Return auto's modes that train over a base of this format, None for exact weights; the fastest first."""
-    ways = [way for way in WAYS.values() if way.of_auto(device)]
+    ways = [way for way in WAYS.values() if way.is_for_auto(device)]
     return [way for way in ways if (way.over_exact if quantization is None else way.over_codes)]

@@ -17,7 +17,7 @@ from mft.objectives.kl import divergence
 
 def token_log_probs(head: nn.Module, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return (log p(token), entropy of p), fp32 (M,), for states (M, D); p = softmax(head(state) / temperature)."""
-    return _in_chunks(states, lambda chunk, part: _of_chunk(head, chunk, tokens[part], temperature))
+    return _map_chunks(states, lambda chunk, part: _chunk_log_probs(head, chunk, tokens[part], temperature))
 
 
 def token_divergences(
@@ -28,10 +28,10 @@ def token_divergences(
     heads, states: the model's and the teacher's; states (M, D) and (M, D'). kind: one of config.DIVERGENCES.
     """
     own, other = states
-    return _in_chunks(own, lambda chunk, part: _divergence_of_chunk(heads, chunk, other[part], kind, temperature))
+    return _map_chunks(own, lambda chunk, part: _chunk_divergences(heads, chunk, other[part], kind, temperature))
 
 
-def _in_chunks(states: Tensor, values_of: Callable[[Tensor, slice], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _map_chunks(states: Tensor, values_of: Callable[[Tensor, slice], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return two values (M,) for states (M, D). values_of computes those of a chunk, and again in the backward pass."""
     found = [
         checkpoint(values_of, chunk, part, use_reentrant=False, preserve_rng_state=False)
@@ -43,12 +43,12 @@ def _in_chunks(states: Tensor, values_of: Callable[[Tensor, slice], tuple[Tensor
     return torch.cat(first), torch.cat(second)
 
 
-def _of_chunk(head: nn.Module, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _chunk_log_probs(head: nn.Module, states: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     log_p = (head(states).float() / temperature).log_softmax(-1)
     return log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), _entropy(log_p)
 
 
-def _divergence_of_chunk(
+def _chunk_divergences(
     heads: tuple[nn.Module, nn.Module], states: Tensor, other: Tensor, kind: str, temperature: float
 ) -> tuple[Tensor, Tensor]:
     logits = heads[0](states).float() / temperature
@@ -59,7 +59,7 @@ def _divergence_of_chunk(
     return _DIVERGENCES[kind](log_p, log_q), _entropy(log_p)
 
 
-def _of_both_from_their_middle(log_p: Tensor, log_q: Tensor) -> Tensor:
+def _jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
     middle = torch.logaddexp(log_p, log_q) - math.log(2)
     return (divergence(log_p, middle) + divergence(log_q, middle)) / 2
 
@@ -67,7 +67,7 @@ def _of_both_from_their_middle(log_p: Tensor, log_q: Tensor) -> Tensor:
 _DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "reverse_kl": divergence,
     "forward_kl": lambda log_p, log_q: divergence(log_q, log_p),
-    "jsd": _of_both_from_their_middle,
+    "jsd": _jensen_shannon,
 }
 
 

@@ -33,7 +33,7 @@ class SteppedOptimizer(torch.optim.Optimizer):
         self._stepper.step()
 
 
-def scheduled(optimizer: SteppedOptimizer, train: TrainConfig) -> LambdaLR:
+def make_scheduler(optimizer: SteppedOptimizer, train: TrainConfig) -> LambdaLR:
     """Return a scheduler with train's learning rate at each of its steps."""
     steps = train.steps_for(None)
     return LambdaLR(optimizer, lambda done: schedule_factor(min(done + 1, steps), steps, train))

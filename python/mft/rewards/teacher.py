@@ -38,7 +38,7 @@ class OnPolicyTeacher:
 
     def prompts(self, questions: "Sequence[Question]", tokenizer: Any) -> list[list[int]]:
         """Return the tokens that the teacher reads before an answer, for each question."""
-        return [_filled(self.prompt, question, tokenizer) for question in questions]
+        return [_fill(self.prompt, question, tokenizer) for question in questions]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def check_prompt(prompt: str, name: str) -> None:
     check_rule(not others, name, f"have no fields but {QUESTION} and {ANSWER}", prompt)
 
 
-def _filled(prompt: str, question: "Question", tokenizer: Any) -> list[int]:
+def _fill(prompt: str, question: "Question", tokenizer: Any) -> list[int]:
     """Return the tokens of the filled prompt. Text between two questions is tokenized as one piece; bos stays first."""
     begins = question.prompt[:1] if question.prompt[:1] == [tokenizer.bos_token_id] else []
     words = question.prompt[len(begins) :]

@@ -18,7 +18,7 @@ from mft.masks.convert import masked_modules
 from mft.masks.trainer_callbacks import BudgetCallback
 from mft.models.next_tokens import check_next_tokens
 from mft.rewards.config import RewardsConfig
-from mft.rewards.optimizer import SteppedOptimizer, scheduled
+from mft.rewards.optimizer import SteppedOptimizer, make_scheduler
 from mft.rewards.questions import questions_of
 from mft.rewards.teacher import OnPolicyTeacher, Teaching
 from mft.training.loop import checked_surrogate, training_mode
@@ -79,7 +79,7 @@ def train_rewards(
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise RuntimeError("training by rewards must run in one process, got several: leave torchrun out")
-    model = _unwrapped(model)
+    model = _unwrap(model)
     _check_trainable(model)
     if teacher is not None:
         rule = "be 0 with a teacher, because only its words are learned"
@@ -95,7 +95,7 @@ def train_rewards(
         start = _frozen_copy(model)
     teaching = None
     if teacher is not None:
-        other = _unwrapped(teacher.model)
+        other = _unwrap(teacher.model)
         rule = "be another model than the one that learns, or left out"
         check_rule(other is not model, "teacher.model", rule, "the same")
         teaching = Teaching(
@@ -110,7 +110,7 @@ def train_rewards(
     train, reports = config.train, list[RewardReport]()
     with (
         seeded(config.seed),
-        trainer_module.left_alone(model, tokenizer) as directory,
+        trainer_module.undoing_changes(model, tokenizer) as directory,
         training_mode(model, checkpointed=config.gradient_checkpointing),
         make_stepper(model, train) as stepper,
     ):
@@ -124,7 +124,7 @@ def train_rewards(
                 before_update(len(reports) + 1, config.steps)
 
         optimizer = SteppedOptimizer(stepper, train, complete)
-        optimizers = (optimizer, scheduled(optimizer, train))
+        optimizers = (optimizer, make_scheduler(optimizer, train))
         trainer = trainer_module.Trainer(
             *(model, tokenizer, questions, config, directory, optimizers),
             start if config.beta else None,
@@ -183,7 +183,7 @@ def _check_trainable(model: nn.Module) -> None:
         )
 
 
-def _unwrapped(model: Any) -> Any:
+def _unwrap(model: Any) -> Any:
     """Return the model inside a PeftModel, with its adapters; any other model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

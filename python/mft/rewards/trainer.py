@@ -124,20 +124,20 @@ class Trainer(GRPOTrainer):
         """Return (log-probabilities, entropies) of the answers' tokens, (B, logits_to_keep) each; no auxiliary loss."""
         batch_size = batch_size or len(input_ids)
         parts = [
-            self._of_batch(model, ids, mask, logits_to_keep)
+            self._score_batch(model, ids, mask, logits_to_keep)
             for ids, mask in zip(input_ids.split(batch_size), attention_mask.split(batch_size))
         ]
         log_probs, entropies = (torch.cat(each) for each in zip(*parts))
         return log_probs, entropies, None
 
-    def _of_batch(self, model: nn.Module, ids: Tensor, mask: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-        head, states = self._before_answers(self.accelerator.unwrap_model(model), ids, mask, kept)
+    def _score_batch(self, model: nn.Module, ids: Tensor, mask: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+        head, states = self._answer_states(self.accelerator.unwrap_model(model), ids, mask, kept)
         said = mask[:, -kept:].bool()
         values = token_log_probs(head, states, ids[:, -kept:][said], self.config.temperature)
         log_probs, entropies = (torch.zeros(said.shape, device=ids.device).masked_scatter(said, v) for v in values)
         return log_probs, entropies
 
-    def _before_answers(self, own: nn.Module, ids: Tensor, mask: Tensor, kept: int) -> tuple[nn.Module, Tensor]:
+    def _answer_states(self, own: nn.Module, ids: Tensor, mask: Tensor, kept: int) -> tuple[nn.Module, Tensor]:
         """Return own's head, and the states (M, D) that predict the answers' tokens, answer after answer."""
         run, head = self._split[id(own)]
         with by_own_length(own):
@@ -158,13 +158,13 @@ class Trainer(GRPOTrainer):
         answers, said = inputs["completion_ids"], inputs["completion_mask"]
         kept = answers.shape[1]
         ids = torch.cat([inputs["prompt_ids"], answers], 1), torch.cat([inputs["prompt_mask"], said], 1)
-        head, states = self._before_answers(self.accelerator.unwrap_model(model), *ids, kept)
+        head, states = self._answer_states(self.accelerator.unwrap_model(model), *ids, kept)
         prompts = [torch.tensor(self._teaching.prompts[number]) for number in inputs["questions"].tolist()]
         read = pad_sequence(prompts, True, self._tokenizer.eos_token_id, "left").to(answers)
         mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(said)
         with torch.no_grad():
             shown = torch.cat([read, answers], 1), torch.cat([mask, said], 1)
-            other, wanted = self._before_answers(self._teaching.model, *shown, kept)
+            other, wanted = self._answer_states(self._teaching.model, *shown, kept)
         found, entropies = token_divergences(
             (head, other), (states, wanted), self.config.divergence, self.config.temperature
         )
@@ -198,7 +198,7 @@ class Reporting(TrainerCallback):
 
 
 @contextlib.contextmanager
-def left_alone(model: Any, tokenizer: Any) -> Iterator[str]:
+def undoing_changes(model: Any, tokenizer: Any) -> Iterator[str]:
     """Yield a temporary directory; afterwards undo the Trainer's changes to model, tokenizer and random generators."""
     text, attributes = model.config.get_text_config(), dict(vars(model))
     tokens = {name: getattr(text, name, None) for name in _SPECIAL}

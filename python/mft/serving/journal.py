@@ -38,7 +38,7 @@ class Journal:
             queue_seconds=round(it.joined - it.began, 4) if it.joined else None,
         )
 
-    def responded(self, of: Exchange, status: int) -> None:
+    def record_response(self, of: Exchange, status: int) -> None:
         """Record that the response to a request begins, unless the request is recorded as an answer."""
         if of.is_told:
             return

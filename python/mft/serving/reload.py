@@ -34,7 +34,7 @@ class Reload:
         self._has_next = False
 
     @contextlib.contextmanager
-    def on_hang_up(self) -> Iterator[None]:
+    def catching_hang_up(self) -> Iterator[None]:
         """Make SIGHUP in the block ask for a reload instead of ending the process. Call it on the main thread."""
         before = signal.signal(signal.SIGHUP, lambda *_: self._ask())
         try:

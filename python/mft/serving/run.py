@@ -45,7 +45,7 @@ def serve(
     options = options or Options()
     log = new_log(options.log_format, options.log_level, options.log_zone)
     reload = Reload(log)
-    with log.with_libraries(), reload.on_hang_up():
+    with log.taking_libraries(), reload.catching_hang_up():
         _serve(masks, (model_name, dtype), options, log, reload)
 
 
@@ -83,7 +83,7 @@ def _serve(
         masks = {**masks, **masks_file.loaded}
     directories = {task: masks_directory(place) for task, place in masks.items()}
     config, words = _base_of(directories, *given)
-    base = _shown_name(config.name)
+    base = _public_name(config.name)
     check_rule(base not in masks, "--masks", "name tasks differently from the base", base)
     with bind(options.host, options.port) as bound:
         log.tell("loading", words)
@@ -140,7 +140,7 @@ def _access(options: Options, log: Log) -> Access:
     return Access(keys=keys, load_from=root)
 
 
-def _shown_name(base: str) -> str:
+def _public_name(base: str) -> str:
     """Return the base's name for clients: of a path only the last part, since the rest is private."""
     path = Path(base).expanduser()
     return (path.resolve().name or "base") if path.exists() else base

@@ -98,14 +98,14 @@ class Trackers:
             for name, (tracker, has) in list(self._running.items()):
                 new = {key: value for key, value in scalars.items() if not has(step, key)}
                 if new:
-                    self._guarded(name, functools.partial(tracker.log, new, step))
+                    self._guard(name, functools.partial(tracker.log, new, step))
 
     def close(self) -> None:
         for name, (tracker, _) in list(self._running.items()):
-            self._guarded(name, tracker.finish)
+            self._guard(name, tracker.finish)
         self._running = {}
 
-    def _guarded(self, name: str, call: Callable[[], None]) -> None:
+    def _guard(self, name: str, call: Callable[[], None]) -> None:
         try:
             call()
         except Exception as error:  # noqa: BLE001 - no error of a tracker is worth hours of training

@@ -82,7 +82,7 @@ def _put_rows(model: nn.Module, rows: ScoreRows, tensors: Mapping[str, Tensor]) 
     _set_cut(model)
     for name, packed in rows.sent({name.removesuffix(".mask"): mask for name, mask in tensors.items()}):
         own = rows.rows[name]
-        scores = _selecting(masked[name], unpack_mask(packed, own.shape))
+        scores = _scores_for(masked[name], unpack_mask(packed, own.shape))
         own.copy_(fixed_from_float(scores) if own.dtype == torch.int16 else scores)
 
 
@@ -94,11 +94,11 @@ def _set_cut(model: nn.Module) -> None:
 
 def _put_mask(module: MaskedLayer, packed: Tensor) -> None:
     """Give the layer scores that select the mask."""
-    set_scores(module, _selecting(module, unpack_mask(packed.to(module.scores.device), module.scores.shape)))
+    set_scores(module, _scores_for(module, unpack_mask(packed.to(module.scores.device), module.scores.shape)))
     assert torch.equal(module.packed_mask().cpu(), packed.cpu()), "scores select the mask that they were made of"
 
 
-def _selecting(module: MaskedLayer, keep: Tensor) -> Tensor:
+def _scores_for(module: MaskedLayer, keep: Tensor) -> Tensor:
     """Return scores that select these weights by the layer's own rule: its threshold is then one of the scores."""
     kept, dropped = _KEPT, _DROPPED
     if (threshold := module.threshold) is not None:

@@ -54,7 +54,7 @@ class Checkpoint:
     def tensors(self) -> dict[str, Tensor]:
         """Read the tensors to the CPU. Raises: BadCheckpoint."""
         path = self.path / TENSORS
-        with _blamed_on(path), open_tensors(path, _REMEDY) as file:
+        with _converting_errors(path), open_tensors(path, _REMEDY) as file:
             return {name: file.get_tensor(name) for name in list(file.keys())}
 
     def facts(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def write_checkpoint(
     """
     spread = {name: tensor for name, tensor in tensors.items() if is_spread(tensor)}
     (needed,) = processes.sum(sum(rows_here(tensor).nbytes for tensor in spread.values()))
-    target = _place(root, step)
+    target = _checkpoint_path(root, step)
     with contextlib.ExitStack() as whole_or_absent:
         scratch = None
         with processes.together():
@@ -108,8 +108,8 @@ def write_checkpoint(
     with processes.together():
         if processes.first:
             verify_checkpoint(target)
-            for other in _found(root):
-                if other not in (target, None if keep is None else _place(root, keep)):
+            for other in _checkpoint_paths(root):
+                if other not in (target, None if keep is None else _checkpoint_path(root, keep)):
                     remove(other)
     return Checkpoint(target, step)
 
@@ -145,7 +145,7 @@ def check_space(root: Path, needed: int) -> None:
 def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest checkpoint that verifies, and why each newer one was skipped."""
     skipped: list[str] = []
-    for path in reversed(_found(root)):
+    for path in reversed(_checkpoint_paths(root)):
         try:
             return verify_checkpoint(path), skipped
         except BadCheckpoint as error:
@@ -155,18 +155,18 @@ def newest_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def checkpoint_at(root: Path, step: int) -> Checkpoint:
     """Return the checkpoint of this step. Raises: BadCheckpoint, also if there is none."""
-    return verify_checkpoint(_place(root, step))
+    return verify_checkpoint(_checkpoint_path(root, step))
 
 
 def verify_checkpoint(path: Path) -> Checkpoint:
     """Check the manifest strictly, then the sizes, then the hashes. Raises: BadCheckpoint."""
     try:
-        return _verified(path)
+        return _verify(path)
     except OSError as error:
         raise _unreadable(error.filename or path, error.strerror) from None
 
 
-def _verified(path: Path) -> Checkpoint:
+def _verify(path: Path) -> Checkpoint:
     named = _NAME.fullmatch(path.name)
     manifest_path = path / MANIFEST
     manifest = _read_json(manifest_path, _MOST_MANIFEST)
@@ -183,19 +183,19 @@ def _verified(path: Path) -> Checkpoint:
         _expect_keys(manifest_path, f"files.{name}", described, ["bytes", "sha256"])
     _expect(path, "files", sorted(os.listdir(path)), sorted([FACTS, MANIFEST, TENSORS, *rows]))
     for name, described in files.items():
-        with _blamed_on(path / name):
+        with _converting_errors(path / name):
             _expect(path / name, "bytes", (path / name).stat().st_size, described["bytes"])
     for name, described in files.items():
-        with _blamed_on(path / name):
+        with _converting_errors(path / name):
             _expect(path / name, "sha256", sha256_of(path / name), described["sha256"])
     return Checkpoint(path, manifest["step"])
 
 
-def _place(root: Path, step: int) -> Path:
+def _checkpoint_path(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def _found(root: Path) -> list[Path]:
+def _checkpoint_paths(root: Path) -> list[Path]:
     """Return the checkpoints' paths, the oldest first."""
     entries = root.iterdir() if root.is_dir() else []
     numbered = [(int(named.group(1)), entry) for entry in entries if (named := _NAME.fullmatch(entry.name))]
@@ -203,12 +203,12 @@ def _found(root: Path) -> list[Path]:
 
 
 def _read_json(path: Path, most: int) -> dict[str, Any]:
-    with _blamed_on(path):
+    with _converting_errors(path):
         return read_object(path, most)
 
 
 @contextmanager
-def _blamed_on(path: Path) -> Iterator[None]:
+def _converting_errors(path: Path) -> Iterator[None]:
     """Turn the errors of a file's readers into BadCheckpoint."""
     try:
         yield

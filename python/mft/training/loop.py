@@ -195,7 +195,7 @@ def _take_steps(
     steps = train.steps_for(rows.count)
     if budget is not None:
         budget.grow(len(reports), steps)
-        runner.relearned()
+        runner.refresh()
     if not runner.in_lockstep:
         processes.agree_on(runner.learned())
     ended = False

@@ -116,7 +116,7 @@ def workload_of(config: RunConfig, device: torch.device, processes: int = 1) -> 
     return Workload(
         memory=config.memory,
         layers=None if layers is None else tuple(layers if isinstance(layers, list) else [layers]),
-        target_modules=_named(mask),
+        target_modules=_masked_names(mask),
         sequence=config.data.sequence_length,
         micro_batch=train.batch_size,
         accumulation=train.accumulation,
@@ -155,7 +155,7 @@ def _plan(
     return Plan(MODES[way], device, replace(config, model=model, mask=mask, train=train), remember, reason)
 
 
-def _named(mask: MaskConfig) -> tuple[str, ...] | None:
+def _masked_names(mask: MaskConfig) -> tuple[str, ...] | None:
     """Return the name endings of the masked matrices; None for all, and for a pattern, which is estimated as all."""
     modules, parameters = mask.target_modules, mask.target_parameters
     if isinstance(modules, str) or (modules is None and parameters is None):

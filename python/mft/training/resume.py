@@ -75,8 +75,8 @@ class Resume:
                 f"--resume must name a run that is not finished, {self.directory} has its {result.name}/ already"
             )
         found = find_checkpoint(self.directory)
-        own = self._own(found)
-        asked = self._asked(own)
+        own = self._own_config(found)
+        asked = self._asked_config(own)
         asked.output_dir = str(self.directory)
         if asked.model.quantization is None:  # the run's plan chose it, for memory: quantized
             asked.model.quantization = own.model.quantization
@@ -100,7 +100,7 @@ class Resume:
         )
         return asked, found
 
-    def _own(self, found: Checkpoint | None) -> RunConfig:
+    def _own_config(self, found: Checkpoint | None) -> RunConfig:
         """Return the run's configuration when the checkpoint was written; without a checkpoint, its config file."""
         if found is not None:
             return config_from_saved(found.run()["config"], found.path)
@@ -108,7 +108,7 @@ class Resume:
             raise ValueError(f"--resume must name the output_dir of a run, {self.directory} has no {CONFIG}")
         return load_saved(self.directory / CONFIG)
 
-    def _asked(self, own: RunConfig) -> RunConfig:
+    def _asked_config(self, own: RunConfig) -> RunConfig:
         """Return the configuration that the config file has now; if the file is lost, the checkpoint's."""
         if self.config is not None:
             return copy.deepcopy(self.config)

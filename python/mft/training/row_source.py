@@ -43,11 +43,11 @@ class _Numbered:
         for step in range(1, done + 1):
             micro_batches = self._micro_batches()
             if step <= epoch + 1 or self._processes.count > 1:  # later rows have all been seen
-                recall(self._taken(micro_batches))  # in the same groups as before: the last bits may depend on them
+                recall(self._take(micro_batches))  # in the same groups as before: the last bits may depend on them
 
     def next_step(self) -> list[MicroBatch]:
         """Return the micro-batches of the next step that this process runs."""
-        return self._taken(self._micro_batches())
+        return self._take(self._micro_batches())
 
     def state(self) -> dict[str, Any] | None:
         """Return what a checkpoint keeps for go_on; None if the number of steps is enough."""
@@ -57,7 +57,7 @@ class _Numbered:
         size, count = self._train.batch_size, self._train.accumulation
         return [[next(self._numbers) for _ in range(size)] for _ in range(count)]
 
-    def _taken(self, micro_batches: list[list[int]]) -> list[MicroBatch]:
+    def _take(self, micro_batches: list[list[int]]) -> list[MicroBatch]:
         return [take_rows(self._dataset, rows) for rows in self._processes.share(micro_batches)]
 
 

@@ -67,7 +67,7 @@ def run_finetune(start: RunConfig | Start) -> Path:
     Raises: ValueError if the configuration, the data or the directory do not allow the run, before anything is written;
         OSError if the disk fails; SystemExit after SIGTERM, SIGHUP or Ctrl-C, once a checkpoint is written.
     """
-    with _started("mft finetune", start) as run:
+    with _begin_run("mft finetune", start) as run:
         check_exact(run.config.model, "finetune")
         if run.config.objective.of_base:
             raise ValueError(
@@ -83,7 +83,7 @@ def run_train(start: RunConfig | Start) -> Path:
     Args, Raises: as run_finetune.
     Returns: output_dir/masks.
     """
-    with _started("mft train", start) as run:
+    with _begin_run("mft train", start) as run:
         return _train(run)
 
 
@@ -98,7 +98,7 @@ def _finetune(run: Run) -> Path:
     placed = place(model, objective=make_objective(config), processes=run.processes)
     facts = {"data": splits.key} | facts_of(placed.objective)
     run.processes.agree(facts)
-    with _opened(run) as outputs:
+    with _open_outputs(run) as outputs:
         before = outputs.before("before, validation", placed, splits.validation)
         model.requires_grad_(True)
         print_trainable_parameters(model)
@@ -125,7 +125,7 @@ def _train(run: Run) -> Path:
     system = shared_system(source)
     model = _base_model(run, plan)
     placed = Placed(model, plan.mode, plan.device, run.processes, make_objective(config), remember=plan.remember)
-    with _opened(run) as outputs:
+    with _open_outputs(run) as outputs:
         before = _mask(outputs, placed, splits)
         rows = score_rows(model)
         initial = initial_masks(model) if rows is None else rows.masks()
@@ -159,26 +159,26 @@ def _plan(run: Run) -> Plan:
         plan = replan(config, **found.facts()["facts"]["plan"])
     else:
         with processes.together():
-            plan = _planned(config, processes.count)
+            plan = _plan_config(config, processes.count)
         own = plan.config.mask.scores_dtype, plan.config.train.moments
         scores, moments = min(processes.gather(own), key=lambda pair: state_bytes(*pair))
         if (scores, moments) != own:
             mask = dataclasses.replace(config.mask, scores_dtype=scores)
             config = dataclasses.replace(config, mask=mask, train=dataclasses.replace(config.train, moments=moments))
         with processes.together():
-            plan = plan if config is run.config else _planned(config, processes.count)
+            plan = plan if config is run.config else _plan_config(config, processes.count)
         names = processes.gather(plan.mode.name)
         slowest = max(names, key=WAYS.index)  # processes may differ in free memory
         with processes.together():
             if slowest != plan.mode.name:
-                plan = _planned(dataclasses.replace(config, memory=slowest), processes.count)
+                plan = _plan_config(dataclasses.replace(config, memory=slowest), processes.count)
                 reason = f"{plan.reason} (process {names.index(slowest)} lacks the memory for a faster way)"
                 plan = dataclasses.replace(plan, reason=reason)
     config = dataclasses.replace(plan.config, memory=run.config.memory)  # as it was asked for
     return dataclasses.replace(plan, config=config, remember=all(processes.gather(plan.remember)))
 
 
-def _planned(config: RunConfig, processes: int) -> Plan:
+def _plan_config(config: RunConfig, processes: int) -> Plan:
     if not config.mask.modules_to_save or config.memory in WAYS:
         return plan_training(config, processes)
     plan = plan_training(dataclasses.replace(config, memory="plain"), processes)
@@ -261,7 +261,7 @@ def _learn(outputs: Outputs, placed: Placed, splits: Splits, initial: dict[str, 
 
 
 @contextlib.contextmanager
-def _started(command: str, start: RunConfig | Start) -> Iterator[Run]:
+def _begin_run(command: str, start: RunConfig | Start) -> Iterator[Run]:
     """Yield the run, and hold the lock of its directory until the block ends."""
     start = after_restart(Begin(start) if isinstance(start, RunConfig) else start)
     with joined() as processes, started(start, processes, {"the command": command}) as (config, found):
@@ -282,7 +282,7 @@ def _check_same_command(command: str, directory: Path, found: Checkpoint | None)
 
 
 @contextlib.contextmanager
-def _opened(run: Run) -> Iterator[Outputs]:
+def _open_outputs(run: Run) -> Iterator[Outputs]:
     """Open the run's directory and its outputs; finally delete the checkpoints."""
     if not run.processes.first:
         yield Outputs(run, Recorder())

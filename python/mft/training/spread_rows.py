@@ -25,7 +25,7 @@ def write_rows(tensors: Mapping[str, Tensor], folder: Path) -> None:
     try:
         distributed.save(dict(tensors), storage_writer=writer)
     except CheckpointException as error:
-        raise OSError(_said(folder, "written", error)) from None
+        raise OSError(_error_message(folder, "written", error)) from None
 
 
 def read_rows(tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -33,7 +33,7 @@ def read_rows(tensors: Mapping[str, Tensor], folder: Path) -> None:
     try:
         distributed.load(dict(tensors), storage_reader=distributed.HuggingFaceStorageReader(str(folder)))
     except CheckpointException as error:
-        raise OSError(_said(folder, "read", error)) from None
+        raise OSError(_error_message(folder, "read", error)) from None
 
 
 def shapes_in(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -43,7 +43,7 @@ def shapes_in(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (of.size, of.properties.dtype) for name, of in known.items()}
 
 
-def _said(folder: Path, what: str, error: CheckpointException) -> str:
+def _error_message(folder: Path, what: str, error: CheckpointException) -> str:
     rank, (reason, _) = next(iter(error.failures.items()))
     return (
         f"{folder}: the rows of process {rank} could not be {what} ({reason}): check the disk, which all processes "

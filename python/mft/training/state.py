@@ -40,7 +40,7 @@ def take_state(runner: Runner) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def put_state(runner: Runner, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], folder: Path) -> None:
     """Restore the result of take_state. Raises: ValueError, which names a tensor that does not fit the runner."""
     learned = {f"learned.{name}": tensor for name, tensor in runner.learned().items()}
-    own = _with_moments(runner, learned) if runner.in_lockstep else learned
+    own = _learned_and_moments(runner, learned) if runner.in_lockstep else learned
     there = shapes_in(folder) if runner.in_lockstep else {n: (t.shape, t.dtype) for n, t in tensors.items()}
     found = {name for name in there if name.startswith("learned.")}
     if found != learned.keys() or not own.keys() <= there.keys():
@@ -67,11 +67,11 @@ def put_state(runner: Runner, tensors: Mapping[str, Tensor], numbers: Mapping[st
             _, place, key = name.split(".")
             states.setdefault(int(place), {})[key] = value
     runner.optimizer.load_state_dict(runner.optimizer.state_dict() | {"state": states})
-    runner.relearned()
+    runner.refresh()
     put_random_states(tensors)
 
 
-def _with_moments(runner: Runner, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _learned_and_moments(runner: Runner, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the trained tensors and their moments. Moments that do not exist yet are created."""
     optimizer = runner.optimizer
     assert isinstance(optimizer, MaskAdamW), "what steps scores that are spread"

@@ -6,7 +6,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from mft.vllm.adapters import EAGER, Adapters
-from mft.vllm.failures import unmarked, while_alive
+from mft.vllm.failures import call_while_alive, unmarked
 from mft.vllm.remote import change_server
 from mft.vllm.versions import NAME, PER_REQUEST_BACKEND, check_vllm
 
@@ -87,7 +87,7 @@ def change(llm: Any, update: dict[str, Any]) -> None:
         raise ValueError("llm must have answered all requests before its masks change: wait for them")
     resources = getattr(engine.engine_core, "resources", None)  # None if the engine has no process of its own
     with unmarked():
-        while_alive(lambda: _switch(llm, update), lambda: resources is not None and resources.engine_dead)
+        call_while_alive(lambda: _switch(llm, update), lambda: resources is not None and resources.engine_dead)
 
 
 def _add(llm: Any, tasks: Mapping[str, str | os.PathLike], force: bool, more: dict[str, Any]) -> None:

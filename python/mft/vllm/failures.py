@@ -44,7 +44,7 @@ def unmarked() -> Iterator[None]:
         raise ValueError(said) from None
 
 
-def while_alive(call: Callable[[], None], is_dead: Callable[[], bool]) -> None:
+def call_while_alive(call: Callable[[], None], is_dead: Callable[[], bool]) -> None:
     """Run call in a daemon thread. Raises: as call; RuntimeError if the engine dies meanwhile."""
     done: Future[None] = Future()
 

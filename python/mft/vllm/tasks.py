@@ -89,7 +89,7 @@ class Tasks:
     @torch.no_grad()
     def flip(self, task: str, flips: Flips) -> int:
         """Apply one step of flips (step 0 adds the task); return the bits flipped. Raises: ValueError."""
-        masks = self._begun(task, flips)
+        masks = self._masks_before(task, flips)
         changed: Masks = {}
         written: Masks = {}
         for name, stream in flips.streams.items():
@@ -97,7 +97,7 @@ class Tasks:
                 raise ValueError(
                     f"flips must be of the task's {len(masks)} masked layers, got {name!r}: begin a new task"
                 )
-            flipped = self._with_values(name, flipped_places(name, stream, self._shape(name)))
+            flipped = self._read_values(name, flipped_places(name, stream, self._shape(name)))
             changed[name], out = masks[name].flipped(flipped)
             written[name] = Dropped(flipped.places, flipped.values.masked_fill(torch.from_numpy(out), 0))
         after = masks | changed
@@ -131,9 +131,9 @@ class Tasks:
         packed = read_tensors(directory, export, self._base)[0]
         if export.content_hash is None:
             logger.warning("%s: %s", directory, UNVERIFIED)
-        return {name: self._with_values(name, dropped_places(mask, self._shape(name))) for name, mask in packed.items()}
+        return {name: self._read_values(name, dropped_places(mask, self._shape(name))) for name, mask in packed.items()}
 
-    def _begun(self, task: str, flips: Flips) -> Masks:
+    def _masks_before(self, task: str, flips: Flips) -> Masks:
         """Check flips, and return the masks that they change."""
         if flips.step == 0:
             self._check_new(task)
@@ -161,7 +161,7 @@ class Tasks:
             for name, each in written.items():
                 each.put_back(self.weights[name])
 
-    def _with_values(self, name: str, places: Places) -> Dropped:
+    def _read_values(self, name: str, places: Places) -> Dropped:
         """Return the places with the base's values there, also while a task's masks are applied to the weight."""
         weight = self.weights[name]
         held = self.masks(self.task).get(name, nothing_dropped(weight))

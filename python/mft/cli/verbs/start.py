@@ -10,7 +10,7 @@ import typer
 
 from mft.cli.keys import Keyed
 from mft.cli.options import START, Config, Overrides, Set, given_overrides
-from mft.cli.studies import on_studies
+from mft.cli.studies import study_function
 from mft.cli.waiting_threads import let_waiting_threads_sleep
 from mft.config import QUANTIZATIONS, WAYS, RunConfig
 from mft.config_file import load_config
@@ -106,7 +106,7 @@ def estimate(
     device_bytes, device = sizes[0] if sizes else None, "cpu" if gpu is None else "cuda"
     if config is not None:
         _check_study_options(ctx)
-        if not on_studies("estimate")(
+        if not study_function("estimate")(
             config, overrides or [], model, device=device, device_bytes=device_bytes, as_json=as_json
         ):
             raise typer.Exit(2)

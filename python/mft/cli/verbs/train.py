@@ -13,7 +13,7 @@ import typer
 from mft.checks import check_one_of
 from mft.cli.keys import FinetuneKeys, ListedKeys, run_schema
 from mft.cli.options import TRAIN, Config, Force, Overrides, Overwrite, Resume, Set, given_overrides
-from mft.cli.studies import on_studies
+from mft.cli.studies import study_function
 from mft.cli.waiting_threads import let_waiting_threads_sleep
 from mft.config_file import load_config
 from mft.tracking.console import say
@@ -71,7 +71,7 @@ def finetune(
 def schema(what: Annotated[str, typer.Argument(help="run, or study: what mft compare reads.")] = "run") -> None:
     """Print a JSON Schema, with which editors complete and check the YAML files."""
     check_one_of("what", what, ("run", "study"))
-    written = run_schema() if what == "run" else on_studies("schema")()
+    written = run_schema() if what == "run" else study_function("schema")()
     typer.echo(json.dumps(written, indent=2))
 
 

@@ -26,7 +26,7 @@ from mft.engines.own_forward import OwnForward
 from mft.engines.placed import Placed
 from mft.engines.score_states import HeldMask, grad_dtype, score_optimizer
 from mft.engines.sharded.model import SpreadModel, spread, whole_outside_layers
-from mft.engines.sharded.score_rows import as_scores, nan_of, score_rows, select_rows
+from mft.engines.sharded.score_rows import nan_of, score_rows, select_rows, threshold_tensor
 from mft.engines.step import OnLoss
 from mft.masks.budget import budget_of
 from mft.masks.convert import masked_modules
@@ -80,7 +80,7 @@ class ShardedStates(WeightStates):
             mask.module.scores.data = scores.new_full((), nan_of(scores.dtype)).expand(scores.shape)
         for mask in masks:
             if mask.module.threshold is not None and self.budget is None:
-                self._take([mask], [as_scores(rows_here(mask.scores), mask.module.threshold)])
+                self._take([mask], [threshold_tensor(rows_here(mask.scores), mask.module.threshold)])
         self.select()
         self.check()
 
@@ -118,7 +118,7 @@ class ShardedStates(WeightStates):
                 found[f"{mask.name}.mask"] = whole.cpu()
         return found
 
-    def relearned(self) -> None:
+    def refresh(self) -> None:
         self.select()
 
     def finish(self) -> None:
@@ -190,7 +190,7 @@ class Sharded(InPlace, SpreadForward):
         with self._processes.together():
             if found:
                 raise found[0]
-        with self._at("the optimiser step"):
+        with self._name_place("the optimiser step"):
             self._update(lr, max_norm)
 
     def finish(self) -> None:
@@ -201,7 +201,7 @@ class Sharded(InPlace, SpreadForward):
         SpreadForward.close(self)
 
     def _backward(self, batch: MicroBatch, scale: float) -> Tensor:
-        with self._at(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
+        with self._name_place(f"rows {batch.rows} of {batch.input_ids.shape[1]} tokens"):
             ids, positions = inputs_of(batch, self.model, self._device)
             hidden, reached = self._prefix(ids, batch.rows, positions), []
             hidden.register_hook(lambda grad: reached.append(True))

@@ -105,18 +105,18 @@ def select_rows(
             shared = budget.threshold(rows.values, processes.add_up)
         for module in modules.values():
             module.threshold = shared
-    found = {name: as_scores(rows[name], m.threshold) for name, m in modules.items() if m.threshold is not None}
+    found = {name: threshold_tensor(rows[name], m.threshold) for name, m in modules.items() if m.threshold is not None}
     free = {name: module for name, module in modules.items() if module.threshold is None}
     matrices = {name: module for name, module in free.items() if module.scores.dim() == 2}
     for mode in sorted({module.mode for module in matrices.values()}):
         these = {name: module for name, module in matrices.items() if module.mode == mode}
         dropped = [int((1 - module.keep_ratio) * module.scores.numel()) for module in these.values()]
         values = part_thresholds([rows[name] for name in these], dropped, mode=mode, add_up=processes.add_up)
-        found |= {name: as_scores(rows[name], value) for name, value in zip(these, values)}
-    return found | {name: _of_experts(free[name], rows[name]) for name in free.keys() - matrices.keys()}
+        found |= {name: threshold_tensor(rows[name], value) for name, value in zip(these, values)}
+    return found | {name: _expert_thresholds(free[name], rows[name]) for name in free.keys() - matrices.keys()}
 
 
-def as_scores(own: Tensor, threshold: float) -> Tensor:
+def threshold_tensor(own: Tensor, threshold: float) -> Tensor:
     """Return the threshold as a 0-d tensor in the dtype of the scores; for int16 as their code."""
     if own.dtype != torch.int16:
         return own.new_full((), threshold)
@@ -148,7 +148,7 @@ def _whole_layer(model: nn.Module, name: str, config: MaskConfig) -> MaskedLayer
     return masked_layer(linear_on(nn.Parameter(weight.contiguous(), requires_grad=False), None), name, config)
 
 
-def _of_experts(module: MaskedLayer, own: Tensor) -> Tensor:
+def _expert_thresholds(module: MaskedLayer, own: Tensor) -> Tensor:
     """Return the thresholds of this process's experts."""
     if not len(own):  # there are more processes than shares of the experts
         return own.new_empty(0)

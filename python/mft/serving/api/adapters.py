@@ -47,7 +47,7 @@ class Adapters:
         self._tasks, self._root, self._log = tasks, None if root is None else root.resolve(), log
 
     async def load(self, request: Request) -> Response:
-        root = self._allowed()
+        root = self._allowed_root()
         body = read_body(LoadBody, await json_bytes(request, _MOST_BYTES))
         directory, began = directory_below(root, body.lora_path), time.monotonic()
         try:
@@ -56,15 +56,15 @@ class Adapters:
             missing = isinstance(error, FileNotFoundError)
             param = "lora_name" if str(error).startswith("lora_name ") else "lora_path"
             raise Refused(str(error), status=404 if missing else 400, param=param) from error
-        return self._done(request, "loaded", body.lora_name, time.monotonic() - began, f" from {directory}")
+        return self._respond(request, "loaded", body.lora_name, time.monotonic() - began, f" from {directory}")
 
     async def unload(self, request: Request) -> Response:
-        self._allowed()
+        self._allowed_root()
         body, began = read_body(UnloadBody, await json_bytes(request, _MOST_BYTES)), time.monotonic()
         await self._tasks.unload(body.lora_name)
-        return self._done(request, "unloaded", body.lora_name, time.monotonic() - began)
+        return self._respond(request, "unloaded", body.lora_name, time.monotonic() - began)
 
-    def _allowed(self) -> Path:
+    def _allowed_root(self) -> Path:
         if self._root is None:
             raise Refused(
                 "loading and unloading must be switched on at the server, got a server without it: start it with "
@@ -74,7 +74,7 @@ class Adapters:
             )
         return self._root
 
-    def _done(self, request: Request, event: str, name: str, seconds: float, beside: str = "") -> Response:
+    def _respond(self, request: Request, event: str, name: str, seconds: float, beside: str = "") -> Response:
         exchange = exchange_of(request.scope)
         self._log.tell(
             event,

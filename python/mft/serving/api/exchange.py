@@ -30,13 +30,13 @@ class Exchange:
 class Exchanges:
     """ASGI middleware around everything else, which makes an Exchange for each request.
 
-    responded: called with exchange and status when a response begins. checks: called with the scope before the app.
+    record: called with exchange and status when a response begins. checks: called with the scope before the app.
     """
 
     def __init__(
-        self, app: ASGIApp, responded: Callable[[Exchange, int], None], checks: Sequence[Callable[[Scope], None]]
+        self, app: ASGIApp, record: Callable[[Exchange, int], None], checks: Sequence[Callable[[Scope], None]]
     ) -> None:
-        self._app, self._responded, self._checks = app, responded, checks
+        self._app, self._record, self._checks = app, record, checks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,7 +48,7 @@ class Exchanges:
         async def with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["X-Request-Id"] = exchange.id
-                self._responded(exchange, message["status"])
+                self._record(exchange, message["status"])
             await send(message)
 
         app = self._app

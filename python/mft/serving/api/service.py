@@ -109,7 +109,7 @@ class Service:
             functools.partial(check_key, keys=access.keys),
             check_room,
         )
-        self.app = Exchanges(app, self._journal.responded, checks)
+        self.app = Exchanges(app, self._journal.record_response, checks)
 
     async def _health(self, _: Request) -> Response:
         running, waiting = self._scheduler.counts

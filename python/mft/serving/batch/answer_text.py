@@ -23,13 +23,13 @@ class AnswerText:
         if found:
             self.stopped, self._text = True, self._text[: min(found)]
             return self.rest()
-        return self._release(min(len(self._text.rstrip(_HALF)), len(self._text) - self._begun_stop()))
+        return self._release(min(len(self._text.rstrip(_HALF)), len(self._text) - self._partial_stop()))
 
     def rest(self) -> str:
         """Return the text that was held back. Call it after the last token."""
         return self._release(len(self._text))
 
-    def _begun_stop(self) -> int:
+    def _partial_stop(self) -> int:
         """Return the number of characters at the end of the text with which a stop string begins."""
         return max(
             (length for stop in self._stops for length in range(1, len(stop)) if self._text.endswith(stop[:length])),

@@ -50,7 +50,7 @@ class Generation:
 
     def advance(self, logits: Tensor) -> None:
         """Choose one more token from logits (V,)."""
-        with self.on_its_own():
+        with self.isolating_errors():
             self.last = self._sampling.choose(logits)
             self.tokens += 1
             self.first = self.first or time.monotonic()
@@ -69,7 +69,7 @@ class Generation:
                 self._take(Piece(text, finish))
 
     @contextmanager
-    def on_its_own(self) -> Iterator[None]:
+    def isolating_errors(self) -> Iterator[None]:
         """Let an error in the block end only this answer. The block must not change what answers share."""
         try:
             yield

@@ -50,7 +50,7 @@ class RunningBatch:
     @property
     def cache_bytes(self) -> int:
         """The bytes of keys and values."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in _filled(self._cache))
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in _filled_layers(self._cache))
 
     def knows(self, task: str | None) -> bool:
         """Return whether rows may take this task's masks."""
@@ -69,7 +69,7 @@ class RunningBatch:
         """Add a prompt that was read as the last row. Returns: its logits."""
         if len(self):
             length = max(self._length, len(prompt))
-            _put_below(self._cache, length - self._length, cache, length - len(prompt))
+            _append_row(self._cache, length - self._length, cache, length - len(prompt))
             self._padding = [padding + length - self._length for padding in self._padding] + [length - len(prompt)]
             self._length = length
         else:
@@ -120,7 +120,7 @@ class RunningBatch:
         self._padding = [each - common for each in padding]
         self._length -= common
         kept = torch.tensor(rows, device=self._model.device)
-        for layer in _filled(self._cache):
+        for layer in _filled_layers(self._cache):
             layer.batch_select_indices(kept)
             layer.keys, layer.values = layer.keys[..., common:, :], layer.values[..., common:, :]
 
@@ -128,7 +128,7 @@ class RunningBatch:
         """Compute a row's keys and values again from its start. Returns: its logits (V,)."""
         cache, read = DynamicCache(), self._tokens[row]
         logits = self._forward(torch.tensor([read]), cache, [self._tasks[row]], [0], len(read))[0]
-        for layer, new in zip(_filled(self._cache), _filled(cache), strict=True):
+        for layer, new in zip(_filled_layers(self._cache), _filled_layers(cache), strict=True):
             layer.keys[row, :, self._padding[row] :] = new.keys[0]
             layer.values[row, :, self._padding[row] :] = new.values[0]
         return logits
@@ -155,15 +155,15 @@ class RunningBatch:
         return result.logits[:, -1]
 
 
-def _filled(cache: DynamicCache) -> list[Any]:
+def _filled_layers(cache: DynamicCache) -> list[Any]:
     """Return the layers with keys and values. If layers share them, some layers have none."""
     layers: list[Any] = cache.layers
     return [layer for layer in layers if layer.get_seq_length()]
 
 
-def _put_below(cache: DynamicCache, padding: int, row: DynamicCache, row_padding: int) -> None:
+def _append_row(cache: DynamicCache, padding: int, row: DynamicCache, row_padding: int) -> None:
     """Pad both on the left, and append row to cache."""
-    for layer, new in zip(_filled(cache), _filled(row), strict=True):
+    for layer, new in zip(_filled_layers(cache), _filled_layers(row), strict=True):
         for name in ("keys", "values"):
             parts = [
                 F.pad(getattr(each, name), (0, 0, left, 0)) for each, left in ((layer, padding), (new, row_padding))

@@ -129,7 +129,7 @@ class Scheduler:
             elif not self._running:
                 return not self.is_closing
         if joining is not None:
-            with joining.on_its_own():
+            with joining.isolating_errors():
                 read = self._batch.read(joining.task, joining.prompt)
             if not joining.is_over:
                 joining.advance(self._batch.add(joining.task, joining.prompt, *read))
