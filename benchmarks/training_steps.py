@@ -146,5 +146,5 @@ def _run(runner: Any, batches: Sequence[MicroBatch], lr: float) -> float:
     count = sum(len(batch.labelled.targets) for batch in batches)
     totals: list[float] = []
     runner.step(batches, 1 / count, lr, None, lambda batch, total: totals.append(total.item()))
-    runner.check()
+    runner.states.check()
     return sum(totals) / count

@@ -220,7 +220,7 @@ def _runner(model: nn.Module, workload: Workload, tracker: MemoryTracker) -> Any
     engine = mode.engine(placed, calls, head_of(model), masks, SimulatedMover(tracker), train)
     with tracker.host():
         for mask in masks:
-            engine.optimizer.tensors(mask.module.scores)
+            engine.states.optimizer.tensors(mask.module.scores)
     return engine
 
 

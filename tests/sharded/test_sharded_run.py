@@ -150,7 +150,7 @@ def at_rest(rank):
     placed = place(model, way="sharded", device="cpu", processes=Processes(rank, 2))
     runner = placed.start(few, settings(moments="8bit"))
     own, states = sum(p.to_local().numel() for p in runner.model.parameters()), runner.states
-    here = [runner.optimizer.tensors(scores) for scores in runner.learned().values()]
+    here = [states.optimizer.tensors(scores) for scores in states.learned().values()]
     found = {"weights": (own, whole), "masks": (sum(m.packed.numel() for m in states._rows), 0)}
     found |= {name: (sum(t[name].numel() for t in here), masked) for name in ("scores", "exp_avg", "exp_avg_sq")}
     bytes_of_model = sum(m.scores.untyped_storage().nbytes() for m in masked_modules(model).values())

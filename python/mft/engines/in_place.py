@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from mft.engines.offload import Mover
 from mft.engines.own_forward import OwnForward
 from mft.engines.placed import Placed
-from mft.engines.score_runner import ScoreRunner
 from mft.engines.score_states import HeldMask, ScoreStates, current_masks
 from mft.masks.budget import budget_of
 from mft.masks.convert import masked_modules
@@ -129,7 +128,7 @@ class InPlaceStates(WeightStates):
         self.in_place.close()
 
 
-class InPlace(ScoreRunner, OwnForward):
+class InPlace(OwnForward):
     """Trains only scores (states), in any format, with weights that hold their masks. Others: see OwnForward."""
 
     states: WeightStates

@@ -24,20 +24,21 @@ from mft.data.batches import MicroBatch
 from mft.engines.layer_calls import Call, LayerCalls
 from mft.engines.offload import Mover
 from mft.engines.placed import Placed
-from mft.engines.score_runner import ScoreRunner
 from mft.engines.score_states import HeldMask, ScoreStates, grad_dtype, score_groups, score_optimizer
-from mft.engines.step import naming_lack_of_memory
+from mft.engines.step import Runner, naming_lack_of_memory
 from mft.masks.base_pass import as_base
 from mft.masks.budget import budget_of
 from mft.models.longrope import inputs_of
 
 
-class LayerEngine(ScoreRunner):
+class LayerEngine(Runner):
     """Runs steps of a masked causal LM.
 
     Args: placed: its memory caches the outputs of the layers below the first masked one; calls, head: see LayerCalls
         and causal_lm.split_at_head; train: None for evaluation only.
     """
+
+    states: ScoreStates
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from mft.engines.master_weights import MasterAdamW
 from mft.engines.own_forward import OwnForward
 from mft.engines.placed import Hook, Placed
 from mft.engines.score_states import score_groups, score_optimizer
-from mft.engines.step import NonFiniteLoss
+from mft.engines.step import NonFiniteLoss, States
 from mft.masks.budget import budget_of
 from mft.masks.surrogate import Surrogate
 from mft.models.causal_lm import Run
@@ -20,15 +20,13 @@ from mft_kernels import MaskedLayer
 from mft_kernels.internal import current_mask
 
 
-class Plain(OwnForward):
-    """Trains the parameters that require grad; see make_stepper for the optimiser."""
+class PlainStates(States):
+    """The parameters of a model that require grad; see make_stepper for the optimiser."""
 
-    def __init__(self, placed: Placed, run: Run, head: nn.Module, train: TrainConfig, hook: Hook = None) -> None:
-        super().__init__(placed, run, head)
-        self._surrogate, self._hook = placed.surrogate, hook
-        self._stepper = make_stepper(placed.model, train)
-        self._stepper.__enter__()
-        self._masked = [module for module in placed.model.modules() if isinstance(module, MaskedLayer)]
+    def __init__(self, model: nn.Module, train: TrainConfig) -> None:
+        self._model, self.stepper = model, make_stepper(model, train)
+        self.optimizer = self.stepper.optimizer
+        self._masked = [module for module in model.modules() if isinstance(module, MaskedLayer)]
 
     def check_learned(self) -> None:
         """Raise NonFiniteLoss if a trained tensor is not finite. Call before a save: no later loss would show it."""
@@ -40,53 +38,60 @@ class Plain(OwnForward):
                     "NaN or Inf in the model's weights"
                 )
 
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self._stepper.optimizer
-
     def learned(self) -> dict[str, Tensor]:
         """Return the trained tensors by parameter name: fp32 masters of 16-bit weights, else the parameters."""
-        masters = {id(p): master for p, master in zip(self._stepper.parameters, self._stepper.masters)}
-        return {name: masters[id(p)] for name, p in self.model.named_parameters() if id(p) in masters}
+        masters = {id(p): master for p, master in zip(self.stepper.parameters, self.stepper.masters)}
+        return {name: masters[id(p)] for name, p in self._model.named_parameters() if id(p) in masters}
 
     def result(self) -> dict[str, Tensor]:
-        """Return what a finished run saves: see step.Runner."""
-        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
-        masked = {n: m for n, m in self.model.named_modules() if isinstance(m, MaskedLayer)}
+        trained = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
+        masked = {n: m for n, m in self._model.named_modules() if isinstance(m, MaskedLayer)}
         for name, module in masked.items():
             if trained.pop(f"{name}.scores", None) is not None:
                 trained[f"{name}.mask"] = module.packed_mask()
         return trained
 
     def packed_masks(self) -> list[Tensor]:
-        """See step.Runner. The masks selected here are reused by the next forward."""
+        """See step.States. The masks selected here are reused by the next forward."""
         return [current_mask(m.scores, m.keep_ratio, m.threshold, m.mode).packed for m in self._masked]
 
     def refresh(self) -> None:
-        """Update the model after a change of the trained tensors, so that it computes with them."""
-        self._stepper.copy_masters()
-        self._select()
+        self.stepper.copy_masters()
+        self.select()
 
-    def close(self) -> None:
-        self._stepper.__exit__()
-
-    def _update(self, lr: float, max_norm: float | None) -> None:
-        self._processes.sum_gradients(self._stepper.masters)
-        if self._surrogate is not None:
-            replace_gradients(self.model, self._stepper, self._surrogate)
-        if self._hook is not None:
-            self._hook()
-        self._stepper.set_lr(lr)
-        if max_norm is not None:
-            self._stepper.clip(max_norm)
-        self._stepper.step()
-        self._select()
-
-    def _select(self) -> None:
+    def select(self) -> None:
         """Select the shared threshold of masks under a budget. Other masks compute theirs in the next forward."""
-        budget = budget_of(self.model)
+        budget = budget_of(self._model)
         if budget is not None:
             budget.select(self._masked)
+
+
+class Plain(OwnForward):
+    """Trains the parameters that require grad."""
+
+    states: PlainStates
+
+    def __init__(self, placed: Placed, run: Run, head: nn.Module, train: TrainConfig, hook: Hook = None) -> None:
+        super().__init__(placed, run, head)
+        self._surrogate, self._hook = placed.surrogate, hook
+        self.states = PlainStates(placed.model, train)
+        self.states.stepper.__enter__()
+
+    def close(self) -> None:
+        self.states.stepper.__exit__()
+
+    def _update(self, lr: float, max_norm: float | None) -> None:
+        stepper = self.states.stepper
+        self._processes.sum_gradients(stepper.masters)
+        if self._surrogate is not None:
+            replace_gradients(self.model, stepper, self._surrogate)
+        if self._hook is not None:
+            self._hook()
+        stepper.set_lr(lr)
+        if max_norm is not None:
+            stepper.clip(max_norm)
+        stepper.step()
+        self.states.select()
 
 
 class _ScoreAdamW(MasterAdamW):

@@ -16,6 +16,7 @@ from torch import Tensor
 from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.offload import Mover
+from mft.engines.step import States
 from mft.masks.budget import Budget, naming_layer
 from mft.masks.surrogate import Surrogate
 from mft.models.codes.weight import QuantizedWeight
@@ -96,7 +97,7 @@ def grad_dtype(train: TrainConfig) -> torch.dtype | None:
     return None if train.grad_dtype is None else getattr(torch, train.grad_dtype)
 
 
-class ScoreStates:
+class ScoreStates(States):
     """MaskAdamW over the scores of masked layers, which hold their masks between steps.
 
     The scores are moved to (pinned) host memory. Only this class updates them.
@@ -104,6 +105,8 @@ class ScoreStates:
         summed. surrogate: overwrites a layer's gradient buffer; None: the straight-through gradient. budget: select()
         then selects these masks together.
     """
+
+    optimizer: MaskAdamW
 
     def __init__(
         self,
@@ -133,11 +136,11 @@ class ScoreStates:
         return {f"{mask.name}.scores": mask.scores for mask in self._masks}
 
     def result(self) -> dict[str, Tensor]:
-        """Return the masks as a finished run saves them: see step.Runner."""
+        """Return the masks as a finished run saves them: see step.States."""
         return {f"{mask.name}.mask": packed for mask, packed in zip(self._masks, self.packed_masks())}
 
     def packed_masks(self) -> list[Tensor]:
-        """See step.Runner."""
+        """See step.States."""
         self._mover.finish()
         return [mask.packed for mask in self._masks]
 

@@ -1,4 +1,4 @@
-"""Reader and Runner, the interfaces of the engines; StepReport, what a step reports; and the errors that end a step.
+"""Reader, Runner and States, the interfaces of the engines; StepReport; and the errors that end a step.
 
 A step fails if a number is not finite or if memory runs out. The error then names the place.
 """
@@ -33,34 +33,16 @@ class Reader:
         """Give the model back, except for what finish() writes into it."""
 
 
-class Runner(Reader):
-    """Trains a model: the base class of Plain, InPlace, Resident, Layerwise and Sharded. Placed.start makes one."""
+class States:
+    """What a runner trains: the tensors and their optimiser."""
 
-    in_lockstep = False  # whether each process holds a part of the trained tensors; then all must make the same calls
-
-    def step(
-        self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
-    ) -> None:
-        """Take one optimiser step. on_loss gets each micro-batch's sum of losses before any trained tensor changes.
-
-        Args: scale: the factor of the gradients; lr: None is a rehearsal in the modes that run layer by layer:
-            gradients are computed, and nothing is updated.
-        Raises: what on_loss raises; RuntimeError if memory runs out, which names the rows or the layer.
-        """
-        raise NotImplementedError
+    optimizer: torch.optim.Optimizer
 
     def check(self) -> None:
         """Raise if the last step made a score NaN or infinite and no later forward detects it. Call it every step."""
 
     def check_learned(self) -> None:
         """Raise NonFiniteLoss if a trained tensor is not finite and check() would not detect it. Call before a save."""
-
-    def recall(self, batches: Sequence[MicroBatch]) -> None:
-        """Cache the frozen layers' outputs for these rows, as step does; nothing is trained."""
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        raise NotImplementedError
 
     def learned(self) -> Mapping[str, Tensor]:
         """Return the trained tensors by parameter name, where they are: scores, fp32 masters, or DTensors of rows."""
@@ -80,6 +62,27 @@ class Runner(Reader):
 
     def refresh(self) -> None:
         """Update the model after a change of the trained tensors, so that it computes with them."""
+
+
+class Runner(Reader):
+    """Trains a model: the base class of Plain, InPlace, Resident, Layerwise and Sharded. Placed.start makes one."""
+
+    states: States
+    in_lockstep = False  # whether each process holds a part of the trained tensors; then all must make the same calls
+
+    def step(
+        self, batches: Sequence[MicroBatch], scale: float, lr: float | None, max_norm: float | None, on_loss: OnLoss
+    ) -> None:
+        """Take one optimiser step. on_loss gets each micro-batch's sum of losses before any trained tensor changes.
+
+        Args: scale: the factor of the gradients; lr: None is a rehearsal in the modes that run layer by layer:
+            gradients are computed, and nothing is updated.
+        Raises: what on_loss raises; RuntimeError if memory runs out, which names the rows or the layer.
+        """
+        raise NotImplementedError
+
+    def recall(self, batches: Sequence[MicroBatch]) -> None:
+        """Cache the frozen layers' outputs for these rows, as step does; nothing is trained."""
 
     def finish(self) -> None:
         """Write what was learned into the model, after the last step. All processes must call it."""

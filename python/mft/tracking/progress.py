@@ -17,10 +17,10 @@ _NAME, _TIME = 18, 15
 
 
 class Phase:
-    """The progress of one phase. advance() updates it and shows it."""
+    """The progress of one phase. advance() updates it and shows it. console: where, if it is shown."""
 
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total = name, total
+    def __init__(self, name: str, total: int, console: Console | None = None) -> None:
+        self.name, self.total, self.console = name, total, console
         self.done, self.tokens, self.resumed = 0, 0, 0
         self.loss: float | None = None
         self.dropped: float | None = None  # share of the masked weights
@@ -52,16 +52,12 @@ class Phase:
     @contextlib.contextmanager
     def within(self, name: str, total: int) -> Iterator["Phase"]:
         """Yield another phase that runs while this one waits. It is shown below; its time does not lower this speed."""
-        self.inside = self.another(name, total)
+        self.inside = type(self)(name, total, self.console)
         try:
             yield self.inside
         finally:
             self._paused += self.inside.seconds
             self.inside = None
-
-    def another(self, name: str, total: int) -> "Phase":
-        """Return a phase that is shown in the same way."""
-        return Phase(name, total)
 
     @property
     def seconds(self) -> float:
@@ -118,12 +114,7 @@ def duration(seconds: float) -> str:
 class _Bar(Phase):
     """One line that fits any terminal width, and is redrawn while it is live."""
 
-    def __init__(self, name: str, total: int) -> None:
-        super().__init__(name, total)
-        self._took: float | None = None
-
-    def another(self, name: str, total: int) -> "Phase":
-        return _Bar(name, total)
+    _took: float | None = None
 
     def stop(self) -> None:
         self._took = self.seconds
@@ -163,20 +154,16 @@ class _Bar(Phase):
 
 
 class _Lines(Phase):
-    def __init__(self, name: str, total: int, console: Console) -> None:
-        super().__init__(name, total)
-        self.console, self.printed = console, self.begin
-
-    def another(self, name: str, total: int) -> Phase:
-        return _Lines(name, total, self.console)
+    _printed: float | None = None
 
     def show(self) -> None:
-        if time.perf_counter() - self.printed > SECONDS_BETWEEN_LINES and self.done < self.total:
+        if time.perf_counter() - (self._printed or self.begin) > SECONDS_BETWEEN_LINES and self.done < self.total:
             self.print()
 
     def print(self) -> None:
-        self.printed = time.perf_counter()
+        self._printed = time.perf_counter()
         left = self.left
         ahead = "" if left is None or self.done >= self.total or self.over else f", about {duration(left)} left"
         line = "  ".join([f"{self.done}/{self.total}", *self.figures, f"({duration(self.seconds)}{ahead})"])
+        assert self.console is not None, "lines are printed there"
         self.console.print(f"{self.name}: {line}", highlight=False, soft_wrap=True, markup=False)

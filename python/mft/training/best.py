@@ -1,6 +1,6 @@
 """Keep the best step of a run on disk until the run has its result: masks as bits, or weights.
 
-    best/step-00000040    a checkpoint (checkpoint.py) of runner.result() at that step; complete or absent
+    best/step-00000040    a checkpoint (checkpoint.py) of States.result() at that step; complete or absent
 
 A killed run resumes from its newest checkpoint, which records the best step of that time. That best step stays on disk
 until a newer checkpoint records another one, even if better steps have been written since.
@@ -32,7 +32,7 @@ class Best:
         self.resumed: int | None = None
 
     def write(self, result: Mapping[str, Tensor], step: int, loss: float) -> None:
-        """Store a runner's result() and delete earlier ones, except for resumed. Raises: as write_checkpoint."""
+        """Store a States.result() and delete earlier ones, except for resumed. Raises: as write_checkpoint."""
         write_checkpoint(self.root, step, result, {"validation loss": loss}, keep=self.resumed)
 
     def put(self, model: nn.Module, step: int) -> None:
@@ -58,7 +58,7 @@ class Best:
 
 @torch.no_grad()
 def put_result(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Restore runner.result() of the same model. Raises: ValueError, which names a tensor of another model."""
+    """Restore States.result() of the same model. Raises: ValueError, which names a tensor of another model."""
     masked, parameters = masked_modules(model), dict(model.named_parameters())
     _check_names(tensors, {*(f"{name}.mask" for name in masked), *parameters})
     _set_cut(model)

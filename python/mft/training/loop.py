@@ -171,9 +171,9 @@ def _train(placed: Placed, dataset, train: TrainConfig, hooks: Hooks) -> list[St
                 with contextlib.nullcontext() if runner.in_lockstep else processes.together():
                     reports += saver.begin(runner, rows)
             _take_steps(placed, rows, train, hooks, reports, counted_weights)
-            runner.check_learned()
-            if not runner.in_lockstep:
-                processes.agree_on(runner.learned())  # they differ if the processes' machines compute differently
+            runner.states.check_learned()
+            if not runner.in_lockstep:  # they differ if the processes' machines compute differently
+                processes.agree_on(runner.states.learned())
             runner.finish()
         finally:
             runner.close()
@@ -195,9 +195,9 @@ def _take_steps(
     steps = train.steps_for(rows.count)
     if budget is not None:
         budget.grow(len(reports), steps)
-        runner.refresh()
+        runner.states.refresh()
     if not runner.in_lockstep:
-        processes.agree_on(runner.learned())
+        processes.agree_on(runner.states.learned())
     ended = False
     if validation is not None:
         validation.begin(lambda: 0 if saver is None else saver.told)
@@ -216,13 +216,13 @@ def _take_steps(
         if budget is not None:
             budget.grow(step, steps)
         runner.step(batches, 1 / max(count, 1), lr, train.max_grad_norm, losses)
-        runner.check()
+        runner.states.check()
         (loss,) = processes.sum(losses.total)
         seconds = time.perf_counter() - begin
         logged = step % train.log_every == 0 or step == steps
         dropped = None
         if counted_weights and logged:
-            kept: float = kept_weights(runner.packed_masks())
+            kept: float = kept_weights(runner.states.packed_masks())
             kept = processes.sum(kept)[0] if runner.in_lockstep else kept
             dropped = 1 - kept / counted_weights
         reports.append(StepReport(step, steps, loss / max(count, 1), lr, tokens, seconds, dropped))

@@ -126,7 +126,7 @@ class Saver:
         if runner.in_lockstep:  # all processes write together; the first one decides when
             writers, due = self._processes, bool(self._processes.largest(int(due and self._processes.first)))
         if (self._processes.first or runner.in_lockstep) and (due or done or told):
-            runner.check_learned()
+            runner.states.check_learned()
             tensors, numbers = take_state(runner)
             for counter in self._counters:
                 tensors |= counter.take_state()

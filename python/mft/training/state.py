@@ -25,9 +25,9 @@ _MOMENTS = 8  # bytes per element of torch's AdamW
 
 def take_state(runner: Runner) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return (tensors, numbers). The tensors are the runner's own, so the next step changes them."""
-    tensors = {f"learned.{name}": tensor for name, tensor in runner.learned().items()}
+    tensors = {f"learned.{name}": tensor for name, tensor in runner.states.learned().items()}
     numbers: dict[str, Any] = {}
-    for place, values in runner.optimizer.state_dict()["state"].items():
+    for place, values in runner.states.optimizer.state_dict()["state"].items():
         for key, value in values.items():
             name = f"optimizer.{place}.{key}"
             if isinstance(value, Tensor):
@@ -39,7 +39,7 @@ def take_state(runner: Runner) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def put_state(runner: Runner, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], folder: Path) -> None:
     """Restore the result of take_state. Raises: ValueError, which names a tensor that does not fit the runner."""
-    learned = {f"learned.{name}": tensor for name, tensor in runner.learned().items()}
+    learned = {f"learned.{name}": tensor for name, tensor in runner.states.learned().items()}
     own = _learned_and_moments(runner, learned) if runner.in_lockstep else learned
     there = shapes_in(folder) if runner.in_lockstep else {n: (t.shape, t.dtype) for n, t in tensors.items()}
     found = {name for name in there if name.startswith("learned.")}
@@ -66,14 +66,14 @@ def put_state(runner: Runner, tensors: Mapping[str, Tensor], numbers: Mapping[st
         if name.startswith("optimizer."):
             _, place, key = name.split(".")
             states.setdefault(int(place), {})[key] = value
-    runner.optimizer.load_state_dict(runner.optimizer.state_dict() | {"state": states})
-    runner.refresh()
+    runner.states.optimizer.load_state_dict(runner.states.optimizer.state_dict() | {"state": states})
+    runner.states.refresh()
     put_random_states(tensors)
 
 
 def _learned_and_moments(runner: Runner, learned: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the trained tensors and their moments. Moments that do not exist yet are created."""
-    optimizer = runner.optimizer
+    optimizer = runner.states.optimizer
     assert isinstance(optimizer, MaskAdamW), "what steps scores that are spread"
     for p in learned.values():
         optimizer.tensors(p)
@@ -82,7 +82,7 @@ def _learned_and_moments(runner: Runner, learned: Mapping[str, Tensor]) -> dict[
 
 def state_bytes(runner: Runner) -> int:
     """Return the bytes of take_state's tensors once all moments exist; for a runner in lockstep, of the local rows."""
-    learned, optimizer = runner.learned().values(), runner.optimizer
+    learned, optimizer = runner.states.learned().values(), runner.states.optimizer
     if isinstance(optimizer, MaskAdamW):
         return sum(tensor.nbytes for p in learned for tensor in optimizer.tensors(p).values())
     return sum(p.nbytes + _MOMENTS * p.numel() for p in learned)

@@ -141,7 +141,7 @@ class Validation:
             )
         self._judge(report.step, loss, train)
         if self._best is not None and self.standing.best == report.step:
-            learned = runner.result() if processes.first or runner.in_lockstep else {}
+            learned = runner.states.result() if processes.first or runner.in_lockstep else {}
             if processes.first:
                 self._best.write(learned, report.step, loss)
         if self._on_result is not None:

@@ -97,7 +97,7 @@ class ShardedStates(WeightStates):
         self._take(later, [thresholds[mask.name] for mask in later])
 
     def check(self) -> None:
-        """See step.Runner."""
+        """See step.States."""
         bad: list[HeldMask] = [mask for mask in self._rows if bool(selectable(mask.threshold).isnan().any())]
         bad += [mask for mask, flag in self._found_bad if bool(flag)]
         self._found_bad = []
@@ -110,7 +110,7 @@ class ShardedStates(WeightStates):
                     raise NonFiniteScores(scores, mask.name)
 
     def result(self) -> dict[str, Tensor]:
-        """See step.Runner. All processes must call this."""
+        """See step.States. All processes must call this."""
         found = {}
         for mask in self._rows:
             whole = self.group.rows_on_first(mask.packed, len(mask.parameter))
