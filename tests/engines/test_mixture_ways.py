@@ -1,11 +1,10 @@
-"""A masked mixture, with the experts in one parameter each, in all ways: the plain update, and bitwise resumption."""
+"""A masked mixture, with the experts in one parameter each: all ways give the plain update. test_resume.py stops it."""
 
 import pytest
 import torch
 from test_ways import assert_same_training, train
 from tiny import make_rows
 from tiny_architectures import MIXTURES
-from tiny_run import assert_goes_on_bit_for_bit
 from tiny_ways import BY_LAYERS, TOLERANCE, WAYS, scores_of
 from tiny_ways import masked_mixture as mixture
 
@@ -70,15 +69,6 @@ def test_objectives_that_ask_for_the_base(objective):
     for way, run in zip(WAYS, runs[1:]):
         assert_same_training(run, runs[0], 10 * TOLERANCE[way])  # which is for steps at 1e-3
     assert len(set(runs[0][1])) == 3
-
-
-@pytest.mark.parametrize("way", ["plain", *WAYS])
-def test_a_stopped_run_goes_on_bit_for_bit(way, tmp_path):
-    changes = {"scores_dtype": "bfloat16"}
-    settings = TrainConfig(lr=1e-2, steps=4, batch_size=2, accumulation=2, seed=3, moments="8bit")
-    rows = make_rows(10)
-    run = lambda model, **more: train_masks(model, rows, settings, way=way, **more)  # noqa: E731
-    assert_goes_on_bit_for_bit(run, lambda: mixture(**changes), tmp_path, 2)
 
 
 def test_a_routers_auxiliary_loss_plays_no_part():

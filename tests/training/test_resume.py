@@ -5,11 +5,13 @@ import itertools
 import math
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
 from tiny import equal, make_gpt2, make_llama, make_rows, masked_llama
 from tiny_run import assert_goes_on_bit_for_bit
+from tiny_ways import WAYS, masked_mixture
 
 from mft.config import MaskConfig, TrainConfig
 from mft.masks.convert import mask_model
@@ -52,6 +54,10 @@ RUNS = {
     "resident, free threshold": (lambda: masks(**FREE), train_masks, {}, {"way": "resident"}),
     "quantized": (lambda: masks(torch.bfloat16, **CODED), train_masks, EIGHT, {"way": "quantized"}),
     "layerwise": (lambda: masks(scores_dtype="int16"), train_masks, EIGHT, {"way": "layerwise"}),
+}
+RUNS |= {
+    f"{way}, a mixture": (partial(masked_mixture, scores_dtype="bfloat16"), train_masks, EIGHT, {"way": way})
+    for way in ("plain", *WAYS)
 }
 
 
