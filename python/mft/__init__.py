@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .engines.in_place_adamw import InPlaceAdamW, in_place, leave_in_place
     from .evaluation.evaluate import evaluate
     from .files.mask_coding import coded_size
-    from .importance.adapters import init_adapter_from_data
+    from .importance.peft_init import init_adapter_from_data
     from .importance.scores import init_from_data, mask_from_data
     from .masks.bank import MaskBank, load_mask_bank
     from .masks.budget import grow_budget
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from .rewards.train import RewardReport, train_rewards
     from .training.checkpoint import newest_checkpoint
     from .training.loop import finetune, train_masks
+    from .training.model_teacher import ModelTeacher
     from .training.resume import Begin, Resume
     from .training.run import run_finetune, run_train
     from .training.saver import Saver
-    from .training.teacher import ModelTeacher
 
     __version__: str
 
@@ -60,7 +60,7 @@ _HOMES = {
     "data.splits": ("load_splits",),
     "engines.in_place_adamw": ("InPlaceAdamW", "in_place", "leave_in_place"),
     "evaluation.evaluate": ("evaluate",),
-    "importance.adapters": ("init_adapter_from_data",),
+    "importance.peft_init": ("init_adapter_from_data",),
     "importance.scores": ("init_from_data", "mask_from_data"),
     "masks.bank": ("MaskBank", "load_mask_bank"),
     "masks.budget": ("grow_budget",),
@@ -94,7 +94,7 @@ _HOMES = {
     "training.resume": ("Begin", "Resume"),
     "training.run": ("run_finetune", "run_train"),
     "training.saver": ("Saver",),
-    "training.teacher": ("ModelTeacher",),
+    "training.model_teacher": ("ModelTeacher",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

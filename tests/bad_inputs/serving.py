@@ -11,18 +11,18 @@ from transformers import MambaConfig, MambaForCausalLM
 from mft.cli import serve
 from mft.masks.bank import MaskBank
 from mft.masks.export import save_masks
-from mft.serving import run
-from mft.serving.api.adapters import directory_below
+from mft.serving import launch
+from mft.serving.api.adapter_routes import directory_below
+from mft.serving.api.api_keys import ApiKeys
 from mft.serving.api.body import ChatBody, CompletionBody, read_body
-from mft.serving.api.keys import ApiKeys
 from mft.serving.batch.running_batch import RunningBatch
 from mft.serving.batch.sampling import Sampling
 from mft.serving.batch.scheduler import Scheduler
+from mft.serving.launch import row_length
 from mft.serving.log import new_log
 from mft.serving.options import Options
 from mft.serving.port import bind
 from mft.serving.refusal import Refused
-from mft.serving.run import row_length
 from mft.serving.task_list import parse_masks, read_masks_file
 from mft.serving.tasks import Tasks
 
@@ -69,13 +69,13 @@ a list of masks that is empty
 a list of masks and an option with the same task
     (tmp / "code").mkdir()
     (tmp / "masks").write_text(f"code={tmp / 'code'}")
-    run.serve({"code": tmp / "code"}, options=Options(masks_file=tmp / "masks"))
+    launch.serve({"code": tmp / "code"}, options=Options(masks_file=tmp / "masks"))
     -> ValueError: --masks-file | must name no task of --masks | got 'code'
 a server without masks and without a base
-    run.serve({}, options=Options(load_from=tmp))
+    launch.serve({}, options=Options(load_from=tmp))
     -> ValueError: --model | must name the base if no masks are given | got none
 masks to load from a directory that is not there
-    run.serve({}, options=Options(load_from=tmp / "masks"))
+    launch.serve({}, options=Options(load_from=tmp / "masks"))
     -> ValueError: --load-from | must name a directory | got .../masks
 a file of keys that is not there
     (tmp / "api-keys").touch()

@@ -103,7 +103,7 @@ except ValueError as error:
     assert "no-task" in str(error)
 """,
     "serve": """
-import mft.serving.run
+import mft.serving.launch
 sys.argv[1:] = ["serve", "no-masks-here"]
 from mft.cli.command import main
 try:

@@ -116,7 +116,7 @@ def test_the_demo_leaves_a_run_and_ends_with_three_commands_that_work_as_printed
     assert compare == ["compare", "--config", "own", "data.source=chats.jsonl"]
     assert load_study(compare[2]).arms.keys() >= {"control", "LoRA 7 in 4 bits"}
     served = []
-    monkeypatch.setattr("mft.serving.run.serve", lambda masks, *_, **__: served.append(masks))
+    monkeypatch.setattr("mft.serving.launch.serve", lambda masks, *_, **__: served.append(masks))
     succeed(*serve)
     assert served == [{"demo": "runs/my demo"}]
     load_mask_bank(load_model("model")[0], served[0])

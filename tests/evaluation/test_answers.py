@@ -10,7 +10,7 @@ from tiny import make_llama
 
 from mft.config import MaskConfig
 from mft.evaluation.exact_match import exact_matches
-from mft.evaluation.questions import Exchange, find_answers
+from mft.evaluation.exchanges import Exchange, find_answers
 from mft.masks.convert import mask_model
 
 

@@ -15,7 +15,7 @@ from mft.vllm.failures import marked, sentence_of, unmarked
 from mft.vllm.flips import read_flips
 from mft.vllm.remote import change_server
 from mft.vllm.slices import Slices
-from mft.vllm.tasks import Tasks
+from mft.vllm.task_masks import Tasks
 
 CAUSE = "please check the stack trace above for the root cause"
 WRAPPED = f"Call to collective_rpc method failed: Worker failed with error '{{}}', {CAUSE}"

@@ -118,7 +118,7 @@ def test_what_it_refuses_is_one_sentence_and_it_goes_on(seen, what, words):
     ],
 )
 def test_the_engine_refuses_a_vllm_that_was_started_otherwise(change, words):
-    from mft.vllm.engine import NO_MODULES, PerRequestEngine, _check
+    from mft.vllm.weight_transfer import NO_MODULES, PerRequestEngine, _check
 
     model = {"use_mla": False, "quantization": "mft", "enforce_eager": True, "is_multimodal_model": False}
     given = {

@@ -15,7 +15,7 @@ from mft.masks.export import base_hash
 from mft.vllm import dropped as dropped_module
 from mft.vllm.flips import Flips, flips_between
 from mft.vllm.slices import Slices
-from mft.vllm.tasks import Tasks
+from mft.vllm.task_masks import Tasks
 
 
 def base():

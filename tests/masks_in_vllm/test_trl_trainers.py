@@ -13,7 +13,7 @@ from mft.masks.convert import mask_model
 from mft.masks.merged_weights import merged_weights
 from mft.vllm.flips import read_flips
 from mft.vllm.slices import Slices
-from mft.vllm.tasks import Tasks
+from mft.vllm.task_masks import Tasks
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("trl")

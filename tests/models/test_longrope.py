@@ -34,7 +34,7 @@ from mft.models.packed_rows import check_kept_apart
 from mft.rewards.shared_prompts import states_before_answers
 from mft.serving.batch.running_batch import RunningBatch
 from mft.training.loop import train_masks
-from mft.training.teacher import ModelTeacher
+from mft.training.model_teacher import ModelTeacher
 from mft_study.teacher import RememberedTeacher
 
 SWITCH, LENGTH = 16, 40

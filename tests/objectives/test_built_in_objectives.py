@@ -19,7 +19,7 @@ from mft.objectives.distillation import Distillation
 from mft.objectives.dpo import DPO
 from mft.objectives.kl import KL
 from mft.training.loop import train_masks
-from mft.training.teacher import ModelTeacher
+from mft.training.model_teacher import ModelTeacher
 
 LENGTH = 120  # a micro-batch scores more tokens than a chunk has
 

@@ -15,7 +15,7 @@ from mft.objectives.log_prob_objective import LogProbObjective, log_probs_of
 from mft.objectives.objective import Objective
 from mft.objectives.token_objective import TokenObjective
 from mft.training.loop import finetune, train_masks
-from mft.training.objectives import CLASSES
+from mft.training.make_objective import CLASSES
 
 LENGTH = 90  # two rows score more tokens than a chunk has
 

@@ -14,7 +14,7 @@ from tiny import make_llama
 from mft.config import MaskConfig
 from mft.masks.convert import mask_model
 from mft.masks.export import save_masks
-from mft.serving.api import adapters
+from mft.serving.api import adapter_routes
 
 ASKED = {"prompt": "3 4 5", "temperature": 0, "max_tokens": 8}
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_loaded_is_one_message_and_nothing_is_lost(serve, root, t
 
 
 def test_clients_load_so_many_tasks_and_an_unknown_name_is_answered_with_a_few(serve, root, monkeypatch):
-    monkeypatch.setattr(adapters, "MOST_TASKS", 25)
+    monkeypatch.setattr(adapter_routes, "MOST_TASKS", 25)
     running = serve(load_from=root)
     loaded = [load(running, f"task{i}", "code").status_code for i in range(23)]
     assert loaded == [200] * 23

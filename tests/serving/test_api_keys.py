@@ -8,9 +8,9 @@ import httpx
 import openai
 import pytest
 
-from mft.serving.api.keys import ApiKeys
+from mft.serving.api.api_keys import ApiKeys
+from mft.serving.launch import serve as serve_masks
 from mft.serving.options import Options
-from mft.serving.run import serve as serve_masks
 
 KEYS = ("sk-first-0123456789", "sk-second-0123456789")
 ASKED = {"model": "code", "prompt": "3 4", "max_tokens": 2, "temperature": 0}
@@ -112,7 +112,7 @@ def test_a_server_that_everyone_may_change_is_warned_of(tmp_path, path, capsys):
 
 def test_every_key_is_compared_whole(path, monkeypatch):
     """It does not matter how early a key differs, or which key it equals."""
-    from mft.serving.api import keys as module
+    from mft.serving.api import api_keys as module
 
     compared, compare = [], module.hmac.compare_digest
     monkeypatch.setattr(module.hmac, "compare_digest", lambda a, b: compared.append(len(a)) or compare(a, b))

@@ -16,7 +16,7 @@ from tiny import make_llama
 from tiny_run import free_port, listens
 
 from mft.models.pretrained import save_model
-from mft.serving.api.keys import ApiKeys
+from mft.serving.api.api_keys import ApiKeys
 from mft.serving.log import Log, TextLines
 from mft.serving.reload import MasksFile, Reload
 from mft.serving.task_list import read_masks_file

@@ -10,8 +10,8 @@ from mft.config import ModelConfig, RunConfig
 from mft.evaluation.continuation import end_tokens
 from mft.evaluation.evaluated_base import base_words, evaluated_base, evaluated_config
 from mft.evaluation.exact_match import greedy, match_answers
+from mft.evaluation.exchanges import Exchange, find_answers
 from mft.evaluation.lm_eval_tasks import load_tasks, score_tasks, task_table, write_scores
-from mft.evaluation.questions import Exchange, find_answers
 from mft.evaluation.table import answer_table, evaluation_tables, figure_lines
 from mft.masks.bank import load_mask_bank
 from mft.masks.convert import keeping_all
@@ -23,7 +23,7 @@ from mft.tracking.console import console, say
 from mft.tracking.metrics import Recorder
 from mft.tracking.progress import Progress
 from mft.training.inputs import read_data, read_model
-from mft.training.objectives import make_objective
+from mft.training.make_objective import make_objective
 
 LONGEST_ANSWER = 32  # tokens with the one that ends it: two longer texts are hardly ever the same
 

@@ -12,7 +12,7 @@ from mft.data.splits import load_splits
 from mft.data.tokenization import IGNORED
 from mft.evaluation.continuation import text_before
 from mft.evaluation.evaluated_base import config_of_run, evaluated_config
-from mft.evaluation.questions import Exchange, find_answers
+from mft.evaluation.exchanges import Exchange, find_answers
 from mft.masks.location import masks_directory
 
 _CONTINUED = 32  # tokens that are wanted after the first half of a plain text

@@ -17,7 +17,7 @@ def run_serve(masks: Sequence[str], model_name: str | None, dtype: str | None, *
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise RuntimeError(f"mft serve needs {', '.join(missing)}, not installed here: {install_command('serve')}")
+    from mft.serving.launch import serve
     from mft.serving.options import Options
-    from mft.serving.run import serve
 
     serve(directories, model_name, dtype, Options(**options))

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from mft.checks import check_one_of
 from mft.evaluation.continuation import continue_all, text_before
 from mft.evaluation.evaluate import Evaluation
-from mft.evaluation.questions import Exchange, split_rows
+from mft.evaluation.exchanges import Exchange, split_rows
 from mft.evaluation.verifiers import VERIFIERS
 
 

@@ -13,7 +13,7 @@ from mft.objectives.token_objective import TokenObjective
 
 
 class Teacher(Protocol):
-    """Another model with the same vocabulary; see training/teacher.py."""
+    """Another model with the same vocabulary; see training/model_teacher.py."""
 
     head: nn.Module
 

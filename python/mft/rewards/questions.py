@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mft.evaluation.continuation import text_before
-from mft.evaluation.questions import split_rows
+from mft.evaluation.exchanges import split_rows
 from mft.evaluation.verifiers import VERIFIERS
 from mft.rewards.config import RewardsConfig
 

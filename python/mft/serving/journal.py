@@ -6,7 +6,7 @@ import time
 from mft.serving.api.exchange import Exchange
 from mft.serving.batch.generation import Generation
 from mft.serving.log import Log
-from mft.serving.metrics import Metrics
+from mft.serving.prometheus import Metrics
 
 
 class Journal:

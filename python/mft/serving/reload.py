@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mft.masks.location import masks_directory
-from mft.serving.api.keys import ApiKeys
+from mft.serving.api.api_keys import ApiKeys
 from mft.serving.log import Log
 from mft.serving.refusal import Refused
 from mft.serving.task_list import read_masks_file

@@ -49,7 +49,7 @@ from mft.training.checkpoint import BadCheckpoint, Checkpoint
 from mft.training.flips import PHASE, POINTS, FirstMasks, FlipCounter
 from mft.training.inputs import read_data, read_model
 from mft.training.loop import train_loop, train_masks
-from mft.training.objectives import facts_of, make_objective
+from mft.training.make_objective import facts_of, make_objective
 from mft.training.outputs import VALIDATION, Outputs, evaluation_batch
 from mft.training.plan import Plan, plan_training, replan
 from mft.training.resume import Begin, Run, Start, after_restart, started

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from mft.vllm.adapters import EAGER, Adapters
+from mft.vllm.empty_loras import EAGER, Adapters
 from mft.vllm.failures import call_while_alive, unmarked
 from mft.vllm.remote import change_server
 from mft.vllm.versions import NAME, PER_REQUEST_BACKEND, check_vllm

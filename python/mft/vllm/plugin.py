@@ -23,7 +23,7 @@ def register() -> None:
 
     for backend, engine in ((NAME, "MaskTransferEngine"), (PER_REQUEST_BACKEND, "PerRequestEngine")):
         try:
-            WeightTransferEngineFactory.register_engine(backend, "mft.vllm.engine", engine)
+            WeightTransferEngineFactory.register_engine(backend, "mft.vllm.weight_transfer", engine)
         except ValueError:
             logger.debug("mft: %s is registered already", backend)  # vLLM may call a plugin twice in one process
 

@@ -9,7 +9,7 @@ from typing import Any
 from mft.escaping import escaped
 from mft.masks.export_format import read_export
 from mft.masks.location import masks_directory
-from mft.vllm.adapters import EAGER, Adapters
+from mft.vllm.empty_loras import EAGER, Adapters
 from mft.vllm.failures import sentence_of
 from mft.vllm.token_masks import warn_without_kernels
 from mft.vllm.versions import NAME, PER_REQUEST_BACKEND, check_vllm

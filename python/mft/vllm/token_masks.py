@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mft.vllm.flips import mask_without
-from mft.vllm.tasks import Tasks
+from mft.vllm.task_masks import Tasks
 from mft_kernels import backend_report, masked_linear_many
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import h11
 from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mft.serving.api.keys import GUARDED
+from mft.serving.api.api_keys import GUARDED
 from mft.serving.refusal import Refused
 
 READ_SECONDS = 30.0  # for a request's headers and body together: enough for 4 MB (128,000 tokens) at 1.1 Mbit/s

@@ -16,14 +16,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from mft.checks import shown
-from mft.serving.api.adapters import Adapters
+from mft.serving.api.adapter_routes import Adapters
 from mft.serving.api.answer import ChatAnswer, TextAnswer
+from mft.serving.api.api_keys import ApiKeys, check_key
 from mft.serving.api.body import Body, ChatBody, CompletionBody, most_bytes, read_body
 from mft.serving.api.connection import check_room
 from mft.serving.api.exchange import Exchanges, check_length, exchange_of, refuse
 from mft.serving.api.hosts import check_host
 from mft.serving.api.incoming import json_bytes
-from mft.serving.api.keys import ApiKeys, check_key
 from mft.serving.api.pieces import Pieces, Stream, events, unless_client_leaves, whole
 from mft.serving.batch.answer_text import AnswerText
 from mft.serving.batch.generation import Generation, Piece
@@ -31,7 +31,7 @@ from mft.serving.batch.sampling import Sampling
 from mft.serving.batch.scheduler import Scheduler
 from mft.serving.journal import Journal
 from mft.serving.log import Log
-from mft.serving.metrics import CONTENT_TYPE, Metrics
+from mft.serving.prometheus import CONTENT_TYPE, Metrics
 from mft.serving.prompt import Prompts
 from mft.serving.refusal import Refused, failure
 from mft.serving.tasks import Tasks

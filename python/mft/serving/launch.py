@@ -13,8 +13,8 @@ from mft.evaluation.evaluated_base import learned_base
 from mft.masks.bank import load_mask_bank
 from mft.masks.location import masks_directory
 from mft.models.next_tokens import longest_row
+from mft.serving.api.api_keys import ApiKeys
 from mft.serving.api.hosts import is_loopback, known_hosts
-from mft.serving.api.keys import ApiKeys
 from mft.serving.api.service import Access, Service
 from mft.serving.batch.running_batch import RunningBatch
 from mft.serving.batch.scheduler import Scheduler

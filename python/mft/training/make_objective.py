@@ -13,7 +13,7 @@ from mft.objectives.distillation import Distillation
 from mft.objectives.dpo import DPO
 from mft.objectives.kl import KL
 from mft.objectives.objective import Objective
-from mft.training.teacher import ModelTeacher
+from mft.training.model_teacher import ModelTeacher
 
 CLASSES: dict[str, type[Objective]] = {kind.name: kind for kind in (CrossEntropy, KL, Distillation, DPO)}
 
