@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from mft_study.arms.setting import Setting
-from mft_study.report.at_equal_bytes import AtEqualBytes, said_of_bytes
+from mft_study.report.at_equal_bytes import AtEqualBytes, byte_verdicts
 from mft_study.report.dominance import Comparison, OnLoss, family_size, judged
 from mft_study.report.equal_budgets import EqualBudget
 from mft_study.report.general import OnText
@@ -58,7 +58,7 @@ def judge_again(numbers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Doma
     ]
     verdicts = verdicts_of(tables, lambda table, row: _uncompared(numbers, table, row))
     remarks = [dominance_remark(family_size(table.comparisons for table in tables.values()))]
-    numbers["verdicts"] = _renewed(numbers["verdicts"], [*verdicts, *said_of_bytes(bytes_found)])
+    numbers["verdicts"] = _renewed(numbers["verdicts"], [*verdicts, *byte_verdicts(bytes_found)])
     numbers["remarks"] = _renewed(numbers["remarks"], [*remarks, p_remark(len(numbers["seeds"]))])
     return numbers, tables, changes
 

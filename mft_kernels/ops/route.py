@@ -143,7 +143,7 @@ class Op:
             _refuse_second_derivative(self)
 
     def __call__(self, *given: Any) -> Any:
-        seen = _is_watched()
+        seen = _needs_dispatcher()
         asks = not seen and not self._writes and torch.is_grad_enabled() and _any_requires_grad(*given)
         if not seen and not asks and (result := self.try_usual(given)) is not None:
             return None if result is _WRITTEN else result
@@ -236,10 +236,10 @@ def unchanged(ctx) -> tuple[Any, ...]:
 
 def is_seen_by_others(*tensors: Tensor | None) -> bool:
     """Return whether anyone except the kernel and autograd has to see a call on these tensors."""
-    return _is_watched() or not _are_plain(tensors)
+    return _needs_dispatcher() or not _are_plain(tensors)
 
 
-def _is_watched() -> bool:
+def _needs_dispatcher() -> bool:
     """Return whether anyone except autograd has to see every call at the moment."""
     return (
         torch.compiler.is_compiling()  # first, because a compiler cannot trace the others

@@ -258,7 +258,7 @@ class _Run:
         _make_base(self.bases, self.store, unit.seed, self.shown)
         trained = job.trained
         if not on_test:
-            job = dataclasses.replace(job, trained=self.claims.own(trained))
+            job = dataclasses.replace(job, trained=self.claims.scratch_path(trained))
         self._running[unit] = _Begun(job, claim, path, trained, time.perf_counter())
         self.workers.submit(job)
 

@@ -55,7 +55,7 @@ def hollow():
     }
 
 
-def said_of(directory, call, *, without=()):
+def messages_of(directory, call, *, without=()):
     """Return {file: what the call said about it}, after checking that the call took little memory and time."""
     for file in hollow().keys() - without:
         (directory / file).write_bytes(hollow()[file])
@@ -67,7 +67,7 @@ def said_of(directory, call, *, without=()):
 
 @pytest.mark.slow
 def test_small_files_that_stand_for_gigabytes_are_refused_before_these_are_taken(tmp_path):
-    said = said_of(tmp_path, "read_files([path])")
+    said = messages_of(tmp_path, "read_files([path])")
     assert said.keys() == hollow().keys()
     for file, words in said.items():
         assert str(tmp_path / file) in words
@@ -76,7 +76,7 @@ def test_small_files_that_stand_for_gigabytes_are_refused_before_these_are_taken
 
 @pytest.mark.slow
 def test_a_stream_refuses_what_it_would_hold_at_once_and_reads_the_rest(tmp_path):
-    said = said_of(tmp_path, "stream(path)", without={"same.parquet", "rows.jsonl.gz"})  # a million rows take long
+    said = messages_of(tmp_path, "stream(path)", without={"same.parquet", "rows.jsonl.gz"})  # a million rows take long
     assert [file for file, words in said.items() if words == "read"] == ["long.parquet"]
 
 

@@ -24,7 +24,7 @@ from mft.masks.inspection import (
     combined,
     initial_masks,
     mask_statistics,
-    said_of_size,
+    size_line,
 )
 from mft.masks.location import masks_directory
 from mft.masks.paper_masks import import_paper_masks, write_paper_masks
@@ -99,7 +99,7 @@ def run_recode(masks: str, output: Path, coding: str, model_name: str | None, dt
     path = recode_masks(directory, output, coding=coding, model=model)
     export = read_description(path)
     weights = sum(math.prod(entry.shape) for entry in export.modules)
-    size = said_of_size((path / MASK_FILE).stat().st_size, weights, export.modules_to_save)
+    size = size_line((path / MASK_FILE).stat().st_size, weights, export.modules_to_save)
     say(f"{coding}: {size}, after {before} bytes; content hash {export.content_hash} stays; {path}")
 
 

@@ -80,7 +80,7 @@ def count_bits(words: Tensor) -> Tensor:
     return counts.sum(dtype=torch.int64)
 
 
-def said_of_size(size: int, weights: int, modules_to_save: list[str] | None = None) -> str:
+def size_line(size: int, weights: int, modules_to_save: list[str] | None = None) -> str:
     """Describe a mask file of ``size`` bytes: its bits per weight, or the modules saved in it."""
     if modules_to_save:
         return f"{size} bytes, with {', '.join(modules_to_save)}"

@@ -25,7 +25,7 @@ from mft.masks.export_format import (
     read_export,
     stored_hash,
 )
-from mft.masks.inspection import said_of_size
+from mft.masks.inspection import size_line
 from mft.models.pretrained import MODEL_FILES
 from mft.publishing.contents import OF_THE_HUB, Contents
 from mft.publishing.facts import MERGED, Facts, facts_of_adapter, facts_of_masks, read_merged, with_run
@@ -100,7 +100,7 @@ class MaskContents(Contents):
         version = BY_NAME[self.coding].version
         coded = "" if self.coding == CODINGS[0] else f"; entropy-coded, which mft of format {version} reads"
         beside = self.facts.modules_to_save
-        return said_of_size(self.file_bytes, self.facts.weights, beside and [text(", ".join(beside))]) + coded
+        return size_line(self.file_bytes, self.facts.weights, beside and [text(", ".join(beside))]) + coded
 
     def in_coding(self, coding: str) -> tuple[Contents, dict[str, bytes]]:
         if coding == self.coding:

@@ -259,7 +259,7 @@ class Arm:
 
         return train_loop(model, rows, train, **options)
 
-    def begun(self, ground: Ground) -> Weights:
+    def start_weights(self, ground: Ground) -> Weights:
         """Return what trained_weights would return before any training."""
         return {name: p.detach() for name, p in self.untrained(ground).named_parameters() if p.requires_grad}
 
@@ -298,9 +298,9 @@ class Source:
         """Return its weights by the ordinary model's names. ground: of the arm that is made of this run."""
         return self.arm.merged(self._ground(ground), load_weights(self.path))
 
-    def begun(self, ground: Ground) -> Weights:
+    def start_weights(self, ground: Ground) -> Weights:
         """Return what it trained, as it was before training."""
-        return self.arm.begun(self._ground(ground))
+        return self.arm.start_weights(self._ground(ground))
 
     def model_with(self, ground: Ground, weights: Weights) -> nn.Module:
         """Return its model with other weights in place of its own, in fp32."""

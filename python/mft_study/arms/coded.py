@@ -58,7 +58,7 @@ class Coded(Arm):
         from mft_study.number_codes import decode
 
         source = ground.source
-        begun, stream = source.begun(ground), weights[_STREAM].numpy().tobytes()
+        begun, stream = source.start_weights(ground), weights[_STREAM].numpy().tobytes()
         steps = decode(stream, begun, _format(ground), ground.setting.share)
         return source.model_with(ground, {name: begun[name].float().cpu() + step for name, step in steps.items()})
 
@@ -73,7 +73,7 @@ class Coded(Arm):
         from mft_study.number_codes import encode
 
         source = ground.source
-        begun, ended = source.begun(ground), load_weights(source.path)
+        begun, ended = source.start_weights(ground), load_weights(source.path)
         steps: dict[str, Tensor] = {name: ended[name].float() - begun[name].float().cpu() for name in begun}
         try:
             return encode(steps, _format(ground), ground.setting.share)

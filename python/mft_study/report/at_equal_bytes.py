@@ -79,7 +79,7 @@ def at_equal_bytes(findings: Findings, tables: Mapping[str, DomainTable]) -> lis
     return found if pairs else []
 
 
-def said_of_bytes(found: Sequence[AtEqualBytes]) -> list[str]:
+def byte_verdicts(found: Sequence[AtEqualBytes]) -> list[str]:
     """Return one paragraph per domain, with a sentence per mask and rival."""
     domains = dict.fromkeys(one.domain for one in found)
     return [

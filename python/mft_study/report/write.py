@@ -20,7 +20,7 @@ from mft_study.config import REWARDS
 from mft_study.evidence.sums import FILE as SUMS
 from mft_study.evidence.sums import write_sums
 from mft_study.outcome import Findings
-from mft_study.report.at_equal_bytes import AtEqualBytes, at_equal_bytes, bytes_values, remark_on_bytes, said_of_bytes
+from mft_study.report.at_equal_bytes import AtEqualBytes, at_equal_bytes, byte_verdicts, bytes_values, remark_on_bytes
 from mft_study.report.equal_budgets import budget_sentences
 from mft_study.report.general import OnText
 from mft_study.report.over_codes import verdicts_over_codes
@@ -119,7 +119,7 @@ def console_report(findings: Findings) -> list[RenderableType]:
 def _words_of(findings: Findings, tables: Mapping[str, DomainTable]) -> tuple[list[str], list[str], list[AtEqualBytes]]:
     """Return (verdicts, remarks, comparisons at equal bytes)."""
     by_bytes = at_equal_bytes(findings, tables)
-    said = [*study_verdicts(findings, tables), *verdicts_over_codes(findings, tables), *said_of_bytes(by_bytes)]
+    said = [*study_verdicts(findings, tables), *verdicts_over_codes(findings, tables), *byte_verdicts(by_bytes)]
     return said, [*remarks(findings, tables), *remark_on_bytes(by_bytes)], by_bytes
 
 

@@ -25,7 +25,7 @@ class Alone:
         """Return whether no other process has taken over what take() claimed."""
         return True
 
-    def own(self, trained: Path) -> Path:
+    def scratch_path(self, trained: Path) -> Path:
         """Return where this process writes weights that will later be at trained."""
         return trained
 
@@ -64,7 +64,7 @@ class Joined:
             return False
         return True
 
-    def own(self, trained: Path) -> Path:
+    def scratch_path(self, trained: Path) -> Path:
         return trained.with_name(f".{trained.name}.{secrets.token_hex(4)}.tmp")
 
     def tell(self, path: Path, result: str, own: Path | None = None, trained: Path | None = None) -> None:

@@ -6,7 +6,7 @@ import pytest
 from test_study_report import ARMS, LOSSES, findings
 
 from mft_study.arms.kinds import make_arm
-from mft_study.report.at_equal_bytes import ABOUT, NO_MORE, at_equal_bytes, remark_on_bytes, said_of_bytes
+from mft_study.report.at_equal_bytes import ABOUT, NO_MORE, at_equal_bytes, byte_verdicts, remark_on_bytes
 from mft_study.report.pictures.by_bytes import Point, frontier
 from mft_study.report.table import study_tables
 from mft_study.report.write import write_study_report
@@ -80,7 +80,7 @@ def test_a_mask_meets_what_stores_about_as_much_too(bytes_of_mft, expected):
     assert [(one.rival, one.stores) for one in found] == expected
     compared = [one for one in found if one.rival is not None]
     assert all(one.difference.p_holm <= len(compared) * one.difference.p for one in compared)
-    (said,) = said_of_bytes(found)
+    (said,) = byte_verdicts(found)
     assert ("has no rival that stores about as much." in said) == ((None, ABOUT) in expected)
     if bytes_of_mft == 20_000:
         assert "LoRA 1 (8,001 bytes, 40 % of its own, the best on validation of 2 that store no more)" in said
@@ -113,7 +113,7 @@ def test_holm_counts_the_masks_that_have_a_rival_in_all_domains():
     assert len(found) == 6
     assert first.difference.p_holm == pytest.approx(min(1, 4 * first.difference.p))  # the least of four equal p-values
     assert (small.rival, small.rivals, small.difference) == (None, 0, None)
-    texts = said_of_bytes(found)
+    texts = byte_verdicts(found)
     assert [text.split(". ")[0] for text in texts] == ["code, at equal bytes", "text, at equal bytes"]
     assert "MFT small (2 bytes) has no rival that stores so little." in texts[0]
     assert "over these 4 comparisons" in remark_on_bytes(found)[0]
@@ -121,7 +121,7 @@ def test_holm_counts_the_masks_that_have_a_rival_in_all_domains():
 
 def test_where_no_mask_has_a_rival_nothing_is_said():
     _, found = by_bytes(sizes={"MFT": 1, "LoRA 1": 8_000})
-    assert found == said_of_bytes(found) == remark_on_bytes(found) == []
+    assert found == byte_verdicts(found) == remark_on_bytes(found) == []
     study = findings()  # from an older version: no bytes at all
     assert at_equal_bytes(study, study_tables(study)) == []
 
