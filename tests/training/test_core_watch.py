@@ -37,8 +37,8 @@ class Work:
             watch.look("a step")
 
 
-def started(**options):
-    watch = CoreWatch(**options)
+def started():
+    watch = CoreWatch()
     watch.begin()
     return watch
 
@@ -75,7 +75,7 @@ def test_short_steps_are_judged_together(monkeypatch):
 
 def test_several_processes_which_wait_for_each_other_are_not_watched(monkeypatch):
     work = Work(monkeypatch, BUSY)
-    watch = CoreWatch.of(Processes(0, 2))
+    watch = CoreWatch(Processes(0, 2))
     watch.begin()
     work.steps(watch, 3, wall=2.0, cpu=0.1)
     assert work.measured == 0

@@ -160,10 +160,8 @@ def checkpoint_at(root: Path, step: int) -> Checkpoint:
 
 def verify_checkpoint(path: Path) -> Checkpoint:
     """Check the manifest strictly, then the sizes, then the hashes. Raises: BadCheckpoint."""
-    try:
+    with _converting_errors(path):
         return _verify(path)
-    except OSError as error:
-        raise _unreadable(error.filename or path, error.strerror) from None
 
 
 def _verify(path: Path) -> Checkpoint:

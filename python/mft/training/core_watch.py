@@ -10,7 +10,7 @@ import time
 import torch
 
 from mft.contention import Contention, core_share
-from mft.engines.distributed import Processes
+from mft.engines.distributed import ALONE, Processes
 from mft.engines.mode import default_device
 from mft.tracking.console import say
 
@@ -25,13 +25,9 @@ class CoreWatch:
     0.2 seconds; the work between two measurements doubles.
     """
 
-    def __init__(self, *, on: bool = True) -> None:
-        self._on, self._least = on, SHORTEST
-
-    @classmethod
-    def of(cls, processes: Processes) -> "CoreWatch":
-        """Make a watch for this run. It is off on a GPU, where the CPU waits, and with several processes."""
-        return cls(on=processes.count == 1 and default_device().type == "cpu")
+    def __init__(self, processes: Processes = ALONE) -> None:
+        # Off on a GPU, where the CPU waits, and with several processes.
+        self._on, self._least = processes.count == 1 and default_device().type == "cpu", SHORTEST
 
     def begin(self) -> None:
         """Start the measurement of the next piece of work."""

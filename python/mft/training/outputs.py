@@ -35,7 +35,7 @@ class Outputs:
 
     def __init__(self, run: Run, recorder: Recorder) -> None:
         self.run, self.recorder = run, recorder
-        self._cores = CoreWatch.of(run.processes)
+        self._cores = CoreWatch(run.processes)
 
     @classmethod
     @contextlib.contextmanager

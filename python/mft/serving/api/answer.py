@@ -31,17 +31,17 @@ class TextAnswer:
         choice = CompletionChoice(index=0, text=text, finish_reason=finish)
         return Completion(object="text_completion", choices=[choice], usage=usage, **self._common).model_dump()
 
-    def first(self) -> Iterator[str]:
-        """Yield the events before any text."""
-        yield from ()
+    def first(self) -> list[str]:
+        """Return the events before any text."""
+        return []
 
     def piece(self, text: str, finish: Finish | None) -> Iterator[str]:
         # Unchecked: openai's type fits only the last event, which has a finish_reason.
         choice = CompletionChoice.model_construct(index=0, text=text, logprobs=None, finish_reason=finish)
         yield event(Completion.model_construct(object="text_completion", choices=[choice], **self._common))
 
-    def usage(self, usage: CompletionUsage) -> Iterator[str]:
-        yield event(Completion(object="text_completion", choices=[], usage=usage, **self._common))
+    def usage(self, usage: CompletionUsage) -> str:
+        return event(Completion(object="text_completion", choices=[], usage=usage, **self._common))
 
 
 class ChatAnswer(TextAnswer):
@@ -54,8 +54,8 @@ class ChatAnswer(TextAnswer):
         choice = Choice(index=0, message=message, finish_reason=finish)
         return ChatCompletion(object="chat.completion", choices=[choice], usage=usage, **self._common).model_dump()
 
-    def first(self) -> Iterator[str]:
-        yield self._event(ChoiceDelta(role="assistant", content=""), None)
+    def first(self) -> list[str]:
+        return [self._event(ChoiceDelta(role="assistant", content=""), None)]
 
     def piece(self, text: str, finish: Finish | None) -> Iterator[str]:
         if text:
@@ -63,9 +63,8 @@ class ChatAnswer(TextAnswer):
         if finish is not None:
             yield self._event(ChoiceDelta(), finish)
 
-    def usage(self, usage: CompletionUsage) -> Iterator[str]:
-        chunk = ChatCompletionChunk(object="chat.completion.chunk", choices=[], usage=usage, **self._common)
-        yield event(chunk)
+    def usage(self, usage: CompletionUsage) -> str:
+        return event(ChatCompletionChunk(object="chat.completion.chunk", choices=[], usage=usage, **self._common))
 
     def _event(self, delta: ChoiceDelta, finish: Finish | None) -> str:
         choice = ChunkChoice(index=0, delta=delta, finish_reason=finish)

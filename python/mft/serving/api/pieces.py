@@ -78,8 +78,7 @@ async def events(answer: TextAnswer, pieces: Pieces, *, with_usage: bool) -> Asy
         yield refusal_event(refused)
         return
     if with_usage:
-        for text in answer.usage(pieces.usage()):
-            yield text
+        yield answer.usage(pieces.usage())
     yield END
 
 
