@@ -5,7 +5,9 @@ follows them. So files are found by name here, and read as plain columns.
 """
 
 import bisect
+import contextlib
 import csv
+import functools
 import gzip
 import hashlib
 import itertools
@@ -21,7 +23,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from mft.data.formats import CONTENT_COLUMNS, FORMS, PREFERENCE, content_of
+from mft.data.formats import CONTENT_COLUMNS, FORMS, PREFERENCE, content_of, without_filling
 from mft.data.growth import bytes_of_line, check_growth
 from mft.files.arrow_file import map_arrow
 from mft.files.cache import sha256_of
@@ -35,6 +37,7 @@ _ZIPPED = (".jsonl", ".csv")  # may end in .gz
 LONGEST_LINE = 64 * 2**20  # bytes; a file without line ends must not fill the memory
 SAVED = ("dataset_dict.json", "state.json")  # of save_to_disk: for several splits, for one split
 _ROWS_AT_ONCE = 1024  # of a table, while it is read
+_FEW = 64  # rows of a table that are converted to Python objects at a time
 _MOST_BATCH = 2**26  # bytes of these rows, if each row is as long as the parquet dictionary
 _LONGEST_STATE = 16 * 2**20  # bytes of the files in SAVED
 _SPLIT_WORDS = {
@@ -96,7 +99,7 @@ def find_splits(directory: Path) -> tuple[dict[str, list[Path]], list[Path]]:
 
 def read_files(paths: Sequence[Path]) -> Records:
     """Return the records of files of one type, one file after another, with content columns only."""
-    parts = [_READERS[type_of(path)](path) for path in paths]
+    parts = [_TABLES.get(type_of(path), _read_list)(path) for path in paths]
     starts = list(itertools.accumulate((len(part.rows) for part in parts), initial=0))
     columns = sorted({column for part in parts for column in part.columns})
     if isinstance(parts[0].rows, pyarrow.Table):
@@ -115,11 +118,6 @@ def read_files(paths: Sequence[Path]) -> Records:
         return parts[part].place(i - starts[part])
 
     return Records(rows, place, columns, range(starts[-1]))
-
-
-def content_alone(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row without the columns that no form reads."""
-    return {column: row[column] for column in CONTENT_COLUMNS if column in row}
 
 
 Position = tuple[int, int]  # bytes and lines of a file before it
@@ -155,7 +153,63 @@ def read_lines(path: Path, start: Position = (0, 0), *, kept: bool = False) -> I
             raise ValueError(f"{path} must be a gzip file, and cannot be read as one: {error}") from None
 
 
-def parse_line(line: str, place: str) -> dict[str, Any] | None:
+# A record, the columns known with it, its number for place_in, the position of the next record.
+Read = tuple[dict[str, Any], Sequence[str], int, Any]
+
+
+def read_records(path: Path, start: Any = None, *, kept: bool = False) -> Iterator[Read]:
+    """Yield the records of one file from the position start on (None: all), with content columns only.
+
+    kept: whether the caller keeps all records; a compressed file must then fit check_growth as a whole.
+    """
+    return _RECORDS[type_of(path)](path, start, kept)
+
+
+def place_in(path: Path, number: int) -> str:
+    """Return how messages name the record with this number of a file: its line, item or row."""
+    return f"{path}{_NUMBERED[type_of(path)]}{number}"
+
+
+def hash_splits(splits: Mapping[str, Sequence[Path]]) -> str:
+    """Return the SHA-256 of the splits and their files' contents."""
+    lines = [f"{split} {sha256_of(path)}" for split, paths in sorted(splits.items()) for path in paths]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- private
+
+
+@dataclass
+class _File:
+    """The content of one file."""
+
+    rows: Any  # a list of dictionaries, or a pyarrow.Table
+    place: Callable[[int], str]
+    columns: list[str]
+
+
+def _read_list(path: Path) -> _File:
+    """Read a file whose records become a list of dictionaries."""
+    rows, numbers, columns = [], [], dict[str, None]()
+    for row, names, number, _ in read_records(path, kept=True):
+        columns.update(dict.fromkeys(names))
+        rows.append(row)
+        numbers.append(number)
+    return _File(rows, lambda i: place_in(path, numbers[i]), list(columns))
+
+
+def select_content(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row without the columns that no form reads."""
+    return {column: row[column] for column in CONTENT_COLUMNS if column in row}
+
+
+def _jsonl_records(path: Path, start: Any, kept: bool) -> Iterator[Read]:
+    for number, line, end in read_lines(path, tuple(start or (0, 0)), kept=kept):
+        if (row := _parse_line(line, f"{path}:{number}")) is not None:
+            yield select_content(row), list(row), number, list(end)
+
+
+def _parse_line(line: str, place: str) -> dict[str, Any] | None:
     """Return the object in a line of JSON; None if the line is empty."""
     if not line.strip(" \t\r\n\v\f"):
         return None
@@ -179,10 +233,22 @@ def parse_line(line: str, place: str) -> dict[str, Any] | None:
     return row
 
 
-def read_csv(
-    path: Path, start: Position = (0, 0), *, kept: bool = False
-) -> Iterator[tuple[int, dict[str, str], Position]]:
-    """Yield (first line, record, position of the next one) for each record from start on; kept: as for read_lines."""
+def _array_records(path: Path, start: Any, kept: bool) -> Iterator[Read]:
+    """start: number of earlier objects. The file is read whole."""
+    try:
+        rows = parse_value(path.read_bytes(), path)
+    except ValueError as error:
+        raise ValueError(f"{error}; must be one array, name a file of one object per line .jsonl") from None
+    for place, row in enumerate(rows) if isinstance(rows, list) else [(None, rows)]:
+        if place is None or not isinstance(row, dict):
+            where, rule = (path, "an array of objects") if place is None else (f"{path} item {place}", "a JSON object")
+            raise ValueError(f"{where}: must be {rule}, got {short(row)}: put examples alone into the file")
+    for number, row in enumerate(rows[start or 0 :], start or 0):
+        yield select_content(row), list(row), number, number + 1
+
+
+def _csv_records(path: Path, start: Any, kept: bool) -> Iterator[Read]:
+    start = tuple(start or (0, 0))
     records = _csv_values(path, kept=kept)
     place, header, begin = next(records, (0, [], start))
     if len(set(header)) != len(header):
@@ -195,54 +261,7 @@ def read_csv(
                 f"{path}:{number}: must have {len(header)} values, as many as the header names, got {len(values)}: put "
                 "quotes around one that has commas"
             )
-        yield number, dict(zip(header, values)), end
-
-
-def read_array(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON array; the file is read whole."""
-    try:
-        rows = parse_value(path.read_bytes(), path)
-    except ValueError as error:
-        raise ValueError(f"{error}; must be one array, name a file of one object per line .jsonl") from None
-    for place, row in enumerate(rows) if isinstance(rows, list) else [(None, rows)]:
-        if place is None or not isinstance(row, dict):
-            where, rule = (path, "an array of objects") if place is None else (f"{path} item {place}", "a JSON object")
-            raise ValueError(f"{where}: must be {rule}, got {short(row)}: put examples alone into the file")
-    return rows
-
-
-def hash_splits(splits: Mapping[str, Sequence[Path]]) -> str:
-    """Return the SHA-256 of the splits and their files' contents."""
-    lines = [f"{split} {sha256_of(path)}" for split, paths in sorted(splits.items()) for path in paths]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------- private
-
-
-@dataclass
-class _File:
-    """The content of one file."""
-
-    rows: Any  # a list of dictionaries, or a pyarrow.Table
-    place: Callable[[int], str]
-    columns: list[str]
-
-
-def _read_jsonl(path: Path) -> _File:
-    rows, lines, columns = [], [], dict[str, None]()
-    for number, line, _ in read_lines(path, kept=True):
-        if (row := parse_line(line, f"{path}:{number}")) is not None:
-            columns.update(dict.fromkeys(row))
-            rows.append(content_alone(row))
-            lines.append(number)
-    return _File(rows, lambda i: f"{path}:{lines[i]}", list(columns))
-
-
-def _read_array(path: Path) -> _File:
-    rows = read_array(path)
-    columns = dict.fromkeys(column for row in rows for column in row)
-    return _File([content_alone(row) for row in rows], lambda i: f"{path} item {i}", list(columns))
+        yield select_content(dict(zip(header, values))), header, number, list(end)
 
 
 def _decoded(line: bytes, place: str, start: int) -> str:
@@ -258,18 +277,7 @@ def _decoded(line: bytes, place: str, start: int) -> str:
         ) from None
 
 
-def _read_csv(path: Path) -> _File:
-    rows, lines = [], []
-    for number, row, _ in read_csv(path, kept=True):
-        rows.append(content_alone(row))
-        lines.append(number)
-    header = next(_csv_values(path), (0, [], (0, 0)))[1]
-    return _File(rows, lambda i: f"{path}:{lines[i]}", header)
-
-
-def _csv_values(
-    path: Path, start: Position = (0, 0), *, kept: bool = False
-) -> Iterator[tuple[int, list[str], Position]]:
+def _csv_values(path: Path, start: Position = (0, 0), *, kept: bool) -> Iterator[tuple[int, list[str], Position]]:
     """Yield (first line, values, position of the next record) for each record that is not empty."""
     end = begin = start
 
@@ -304,8 +312,8 @@ def _csv_values(
             yield number, values, end
 
 
-def read_parquet(
-    path: Path, most_rows: int, start: Position = (0, 0), *, kept: bool = False
+def _parquet_batches(
+    path: Path, most_rows: int, start: Position = (0, 0), *, kept: bool
 ) -> Iterator[tuple[Position, int, pyarrow.RecordBatch, list[str]]]:
     """Yield ((row group, rows before in it), rows before in the file, rows, names of all columns), few rows at a time.
 
@@ -335,30 +343,55 @@ def read_parquet(
         raise ValueError(f"{path} must be a parquet file, and cannot be read as one: {error}") from None
 
 
+def _parquet_records(path: Path, start: Any, kept: bool) -> Iterator[Read]:
+    """start: [row group, number of earlier rows in it]."""
+    for (group, inside), number, batch, names in _parquet_batches(path, _FEW, tuple(start or (0, 0)), kept=kept):
+        for j, row in enumerate(batch.to_pylist()):
+            yield select_content(without_filling(row)), names, number + j, [group, inside + j + 1]
+
+
 def _read_parquet(path: Path) -> _File:
-    batches = [batch for _, _, batch, _ in read_parquet(path, _ROWS_AT_ONCE, kept=True)]
+    batches = [batch for _, _, batch, _ in _parquet_batches(path, _ROWS_AT_ONCE, kept=True)]
     schema = pyarrow.parquet.read_schema(path)
     table = pyarrow.Table.from_batches(batches) if batches else schema.empty_table()
     return _of_table(table.select(columns_to_read(schema.names)), path, schema.names)
 
 
-def _read_arrow(path: Path) -> _File:
+@contextlib.contextmanager
+def _map_content(path: Path) -> Iterator[tuple[pyarrow.Table, list[str]]]:
+    """Yield the content columns of an Arrow stream, which the block must validate, and the names of all columns."""
     try:
         table = map_arrow(path)
-        content = table.select(columns_to_read(table.column_names))
-        content.validate(full=True)
+        yield table.select(columns_to_read(table.column_names)), table.column_names
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} must be an Arrow stream, and cannot be read as one: {error}") from None
-    return _of_table(content, path, table.column_names)
 
 
-_READERS = {
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-    ARRAY: _read_array,
-    ".arrow": _read_arrow,
+def _arrow_records(path: Path, start: Any, kept: bool) -> Iterator[Read]:
+    """start: number of earlier rows."""
+    with _map_content(path) as (content, names):
+        for first in range(start or 0, len(content), _FEW):
+            rows = content.slice(first, _FEW)
+            rows.validate(full=True)
+            for j, row in enumerate(rows.to_pylist(), first):
+                yield select_content(without_filling(row)), names, j, j + 1
+
+
+def _read_arrow(path: Path) -> _File:
+    with _map_content(path) as (content, names):
+        content.validate(full=True)
+    return _of_table(content, path, names)
+
+
+_RECORDS: dict[str, Callable[[Path, Any, bool], Iterator[Read]]] = {
+    ".jsonl": _jsonl_records,
+    ".parquet": _parquet_records,
+    ".csv": _csv_records,
+    ARRAY: _array_records,
+    ".arrow": _arrow_records,
 }
+_TABLES = {".parquet": _read_parquet, ".arrow": _read_arrow}  # read whole as columns; others as lists of records
+_NUMBERED = {".jsonl": ":", ".csv": ":", ARRAY: " item ", ".parquet": " row ", ".arrow": " row "}  # see place_in
 
 
 def columns_to_read(names: list[str]) -> list[str]:
@@ -368,7 +401,7 @@ def columns_to_read(names: list[str]) -> list[str]:
 
 def _of_table(table: pyarrow.Table, path: Path, columns: list[str]) -> _File:
     # The metadata may declare pictures and sounds, which datasets would fetch from the places named there.
-    return _File(table.replace_schema_metadata(None), lambda i: f"{path} row {i}", columns)
+    return _File(table.replace_schema_metadata(None), functools.partial(place_in, path), columns)
 
 
 def _saved_splits(directory: Path) -> dict[str, list[Path]]:

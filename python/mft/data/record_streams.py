@@ -12,24 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
 
 from mft.data.formats import without_filling
-from mft.data.record_files import (
-    ARRAY,
-    Records,
-    columns_to_read,
-    content_alone,
-    parse_line,
-    read_array,
-    read_csv,
-    read_lines,
-    read_parquet,
-    type_of,
-)
-from mft.files.arrow_file import map_arrow
-
-_BATCH = 64  # rows of a table that are converted to Python objects at a time
+from mft.data.record_files import Records, columns_to_read, place_in, read_records, select_content
 
 
 @dataclass(frozen=True)
@@ -70,10 +55,10 @@ class _FileReader:
     def __iter__(self) -> Iterator[tuple[dict[str, Any], str]]:
         first, inside = self.position
         for number, path in enumerate(self._paths[first:], first):
-            for row, columns, place, behind in _READERS[type_of(path)](path, inside):
+            for row, columns, place, behind in read_records(path, inside):
                 self.columns.update(dict.fromkeys(columns))
                 self.position = [number, behind]
-                yield row, place
+                yield row, place_in(path, place)
             inside = None
 
 
@@ -96,7 +81,7 @@ class _HubReader:
         for row in self._dataset:
             self.columns.update(dict.fromkeys(row))
             self._number += 1
-            yield without_filling(content_alone(row)), f"{self._name}, row {self._number - 1}"
+            yield without_filling(select_content(row)), f"{self._name}, row {self._number - 1}"
 
 
 class _RecordsReader:
@@ -115,53 +100,3 @@ class _RecordsReader:
 # Reads on from the position where it was opened. position: after the record that it returned last. columns: all that it
 # has seen so far, also those that are not read.
 Reader = _FileReader | _HubReader | _RecordsReader
-Found = Iterator[tuple[dict[str, Any], Sequence[str], str, Any]]  # record, columns, place, position of the next record
-
-
-def _read_jsonl(path: Path, start: Any) -> Found:
-    for number, line, end in read_lines(path, tuple(start or (0, 0))):
-        if (row := parse_line(line, f"{path}:{number}")) is not None:
-            yield content_alone(row), list(row), f"{path}:{number}", list(end)
-
-
-def _read_csv(path: Path, start: Any) -> Found:
-    for number, row, end in read_csv(path, tuple(start or (0, 0))):
-        yield content_alone(row), list(row), f"{path}:{number}", list(end)
-
-
-def _read_array(path: Path, start: Any) -> Found:
-    """start: number of earlier objects."""
-    for number, row in enumerate(read_array(path)[start or 0 :], start or 0):
-        yield content_alone(row), list(row), f"{path} item {number}", number + 1
-
-
-def _read_parquet(path: Path, start: Any) -> Found:
-    """start: [row group, number of earlier rows in it]."""
-    for (group, inside), number, batch, names in read_parquet(path, _BATCH, tuple(start or (0, 0))):
-        for j, row in enumerate(batch.to_pylist()):
-            place = f"{path} row {number + j}"
-            yield content_alone(without_filling(row)), names, place, [group, inside + j + 1]
-
-
-def _read_arrow(path: Path, start: Any) -> Found:
-    """start: number of earlier rows."""
-    try:
-        table = map_arrow(path)
-        names = table.column_names
-        table = table.select(columns_to_read(names))
-        for first in range(start or 0, len(table), _BATCH):
-            rows = table.slice(first, _BATCH)
-            rows.validate(full=True)
-            for j, row in enumerate(rows.to_pylist(), first):
-                yield content_alone(without_filling(row)), names, f"{path} row {j}", j + 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} must be an Arrow stream, and cannot be read as one: {error}") from None
-
-
-_READERS = {
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ARRAY: _read_array,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-}
