@@ -53,7 +53,8 @@ def atomic_directory(target: str | os.PathLike, *, replace: Callable[[], bool] =
             yield scratch
             for path in (scratch, *scratch.rglob("*")):
                 _open_to_readers(path, 0o777 if path.is_dir() else 0o666)
-            _sync_tree(scratch)
+            for path in (*scratch.rglob("*"), scratch):
+                _sync(path)
             _move_into_place(scratch, target, replace)
             _sync(target.parent)
         finally:
@@ -64,19 +65,12 @@ def atomic_directory(target: str | os.PathLike, *, replace: Callable[[], bool] =
 def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
     """Yield the path of a file that becomes target if the block succeeds, else is deleted. Raises: NotWritten."""
     target = Path(target)
-    with naming(target):
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        os.close(descriptor)
-        scratch = Path(name)
-        try:
-            yield scratch
-            _open_to_readers(scratch, 0o666)
-            _sync(scratch)
-            scratch.replace(target)
-            _sync(target.parent)
-        finally:
-            with contextlib.suppress(OSError):  # an error from the block says more
-                scratch.unlink(missing_ok=True)
+    with naming(target), _scratch_file(target) as scratch:
+        yield scratch
+        _open_to_readers(scratch, 0o666)
+        _sync(scratch)
+        scratch.replace(target)
+        _sync(target.parent)
 
 
 def write_whole(target: str | os.PathLike, content: str | bytes) -> None:
@@ -101,18 +95,11 @@ def publish(target: str | os.PathLike, content: str | bytes) -> bool:
     content = content.encode() if isinstance(content, str) else content
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        scratch = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+        with _scratch_file(target) as scratch:
+            scratch.write_bytes(content)
             _open_to_readers(scratch, 0o666)
+            _sync(scratch)
             return place(scratch, target)
-        finally:
-            with contextlib.suppress(OSError):
-                scratch.unlink(missing_ok=True)
 
 
 def place(source: Path, target: Path) -> bool:
@@ -187,6 +174,19 @@ def sweep(directory: Path, ours: Callable[[str], object]) -> None:
                 entry.unlink()
 
 
+@contextmanager
+def _scratch_file(target: Path) -> Iterator[Path]:
+    """Yield the path of a new file next to target. It is deleted at the end if it is still there."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    os.close(descriptor)
+    scratch = Path(name)
+    try:
+        yield scratch
+    finally:
+        with contextlib.suppress(OSError):  # an error from the block says more
+            scratch.unlink(missing_ok=True)
+
+
 def _move_into_place(scratch: Path, target: Path, replace: Callable[[], bool]) -> None:
     if not target.exists():
         try:
@@ -212,12 +212,6 @@ def _open_to_readers(scratch: Path, mode: int) -> None:
     umask = os.umask(0)
     os.umask(umask)
     scratch.chmod(mode & ~umask)
-
-
-def _sync_tree(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        _sync(path)
-    _sync(directory)
 
 
 def _sync(path: Path) -> None:

@@ -59,15 +59,13 @@ def split_at_head(model: nn.Module, input_ids: Tensor) -> tuple[Run, nn.Module]:
 
     If the model caps or scales its logits after the head, run returns the logits and head is the identity.
     """
-    was_training = model.training
-    model.eval()
     few, head = input_ids[:1, :FEW], head_of(model)
-    own, hidden = _run_model(model, few).float(), run_decoder(model, few)
-    width = hidden.shape[-1]
-    ours = hidden.float()
-    if getattr(head, "in_features", width) == width:  # RemBERT's head is wider: more layers follow its decoder
-        ours = head(hidden).float()
-    model.train(was_training)
+    with evaluating(model):
+        own, hidden = _run_model(model, few).float(), run_decoder(model, few)
+        width = hidden.shape[-1]
+        ours = hidden.float()
+        if getattr(head, "in_features", width) == width:  # RemBERT's head is wider: more layers follow its decoder
+            ours = head(hidden).float()
     if own.shape == ours.shape and torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
         return run_decoder, head
     return _run_model, nn.Identity()
@@ -107,16 +105,13 @@ def replaced_forwards(layers: Iterable[nn.Module], forward_for: Callable[[nn.Mod
                 object.__setattr__(layer, "forward", own)
 
 
-def _parameters_of(model: nn.Module, name: str) -> Iterable[nn.Parameter]:
-    """Return the parameters of the module of this name, or the parameter itself, as for experts in one parameter."""
-    path, _, part = name.rpartition(".")
-    alone = model.get_submodule(path)._parameters.get(part)
-    return model.get_submodule(name).parameters() if alone is None else [alone]
-
-
 def clone_with_own_weights(model: nn.Module, names: Iterable[str] = ()) -> nn.Module:
-    """Return a copy of model that shares all parameters, except those of the named modules, which are copied."""
-    own = {id(p) for name in names for p in _parameters_of(model, name)}
+    """Return a copy of model that shares all parameters but those of these names, or of modules of these names."""
+    own = set()
+    for name in names:
+        path, _, part = name.rpartition(".")
+        alone = model.get_submodule(path)._parameters.get(part)
+        own |= {id(p) for p in (model.get_submodule(name).parameters() if alone is None else [alone])}
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
 
 

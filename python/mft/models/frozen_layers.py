@@ -80,7 +80,8 @@ class FrozenPrefix:
         if not missing:
             return {}
         positions = None if position_ids is None else position_ids[missing]
-        found = dict(zip((rows[i] for i in missing), self._run_frozen_layers(input_ids[missing], positions)))
+        states = self._output_of(self.first, lambda: self.run(self.model, input_ids[missing], positions))
+        found = dict(zip((rows[i] for i in missing), states))
         for row, state in found.items():
             self.memory.remember(row, state)
         return found
@@ -88,10 +89,6 @@ class FrozenPrefix:
     def up_to(self, depth: int, input_ids: Tensor, rows: list[int], position_ids: Tensor | None = None) -> Tensor:
         """Return the output (B, T, D) of the first ``depth`` layers, at least the frozen ones, for these rows."""
         return self._output_of(depth, lambda: self(input_ids, rows, position_ids))
-
-    def _run_frozen_layers(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-        """Return the last frozen layer's output, (B, T, D)."""
-        return self._output_of(self.first, lambda: self.run(self.model, input_ids, position_ids))
 
     @torch.no_grad()
     def _output_of(self, depth: int, run: Callable[[], object]) -> Tensor:

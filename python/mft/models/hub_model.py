@@ -7,12 +7,11 @@ from huggingface_hub import snapshot_download
 
 from mft.files.hub import asking_hub
 from mft.files.json_file import read_object
+from mft.models.weight_files import INDEX, MOST_INDEX, WEIGHTS
 
 # Files of tokenizers and configurations. Folders hold other forms of the model, except templates.
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.codes", "*.vocab"]
 _FOLDERS = "[!a]*/*"  # all but additional_chat_templates
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_MOST_INDEX = 1 << 26  # bytes: ten times the index of the largest model
 
 
 def fetch_model(repository: str, revision: str | None, *, weights: bool, online: bool) -> Path:
@@ -20,9 +19,9 @@ def fetch_model(repository: str, revision: str | None, *, weights: bool, online:
     directory = _fetch(repository, revision, _SMALL, online=online)
     if weights:
         commit = directory.name  # fixed, even if revision moves meanwhile
-        _fetch(repository, commit, [_WEIGHTS], online=online)
-        if not (directory / _WEIGHTS).exists() and (directory / _INDEX).exists():
-            places = read_object(directory / _INDEX, _MOST_INDEX).get("weight_map")
+        _fetch(repository, commit, [WEIGHTS], online=online)
+        if not (directory / WEIGHTS).exists() and (directory / INDEX).exists():
+            places = read_object(directory / INDEX, MOST_INDEX).get("weight_map")
             names = {name for name in places.values() if isinstance(name, str)} if isinstance(places, dict) else set()
             _fetch(repository, commit, [glob.escape(name) for name in sorted(names)], online=online)
     return directory

@@ -40,12 +40,12 @@ class Candidate:
     """A linear layer, or a module or parameter in the place of one, by its name in the model."""
 
     name: str
+    weight_name: str  # of its weight, as a parameter of the model
     module: nn.Module
     layer: int | None  # index of the decoder layer that contains it
     obstacle: str | None = None  # why it cannot be masked
     is_parameter: bool = False  # a parameter of module, such as all experts in one, not a module of its own
     is_head: bool = False
-    own_name: str = ""  # name of its weight parameter, if it does not follow from name
     holds_codes: bool = False  # codes are its only obstacle: see codes/linear.py
 
     @property
@@ -55,11 +55,6 @@ class Candidate:
         return ".".join(parts[-2:]) if self.is_parameter and parts[-1] == "weight" else parts[-1]
 
     @property
-    def weight_name(self) -> str:
-        """The full name of its weight, as a parameter of the model."""
-        return self.own_name or (self.name if self.is_parameter else f"{self.name}.weight")
-
-    @property
     def weight(self) -> Tensor:
         """Its weight: (N, K); (K, N) for a Conv1D; (E, N, K) is possible for experts."""
         return getattr(self.module, self.name.rpartition(".")[2] if self.is_parameter else "weight")
@@ -67,7 +62,8 @@ class Candidate:
 
 def find_candidates(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> list[Candidate]:
     """Return all candidates in the model's order."""
-    heads = {id(module) for module in _output_embeddings(model)}
+    getters = [getattr(m, "get_output_embeddings", None) for m in (model, *model.children())]
+    heads = {id(getter()) for getter in getters if getter is not None}
     found: list[Candidate] = []
     wrappers: dict[str, nn.Module] = {}  # layers of other adapters; they own the layers inside them
     for name, module in model.named_modules():
@@ -78,9 +74,10 @@ def find_candidates(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> list[
             obstacle = f"it belongs to the {owner} around it" if owner else _obstacle(model, name, module)
             is_coded = not owner and holds_codes(module)
             if is_coded:
-                why = _obstacle_of_codes(model, name, module)
+                why = _obstacle(model, name, module, codes=True)
                 is_coded, obstacle = why is None, why or obstacle
-            found.append(Candidate(name, module, layer, obstacle, is_head=is_head, holds_codes=is_coded))
+            own = weight_name(model, name)
+            found.append(Candidate(name, own, module, layer, obstacle, is_head=is_head, holds_codes=is_coded))
             if next(module.children(), None) is not None:
                 wrappers[name] = module
         if isinstance(module, nn.MultiheadAttention) and "in_proj_weight" in module._parameters:
@@ -88,10 +85,11 @@ def find_candidates(model: nn.Module, stacks: dict[str, nn.ModuleList]) -> list[
                 packed = f"{name}.{part}".removeprefix(".")
                 if part != "out_proj":  # out_proj is a module, and so is found by itself
                     obstacle = _obstacle(model, packed, linear)
-                    found.append(Candidate(packed, linear, layer, obstacle, own_name=f"{packed}_weight"))
+                    found.append(Candidate(packed, f"{packed}_weight", linear, layer, obstacle))
         for part, parameter in _expert_parameters(name, module):
             obstacle = _obstacle_of_experts(module, part, parameter)
-            found.append(Candidate(f"{name}.{part}", module, layer, obstacle, is_parameter=True))
+            whole = f"{name}.{part}"
+            found.append(Candidate(whole, whole, module, layer, obstacle, is_parameter=True))
     return found
 
 
@@ -161,7 +159,8 @@ def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """
     stacks = outer_lists(model)
     config: Any = getattr(model, "config", None)
-    if _is_decoder_only(model):
+    generates = isinstance(model, PreTrainedModel) and model.can_generate()
+    if generates and not getattr(config, "is_encoder_decoder", False):
         inside = set(map(id, cast(Any, model).get_decoder().modules()))
         stacks = {name: stack for name, stack in stacks.items() if id(stack) in inside} or stacks
         configs = [config.get_text_config(decoder=True)]
@@ -201,12 +200,6 @@ def listed(items: Iterable[str]) -> str:
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _is_decoder_only(model: Any) -> bool:
-    """Return whether model is a transformers model that generates text without an encoder."""
-    is_model = isinstance(model, PreTrainedModel) and model.can_generate()
-    return is_model and not getattr(model.config, "is_encoder_decoder", False)
-
-
 def _depths(config: Any) -> set[int]:
     """Return every number of layers, and of a pyramid's stages, in a configuration."""
     found = [value for key, value in getattr(config, "__dict__", {}).items() if _DEPTH.search(key)]
@@ -235,21 +228,17 @@ def _looks_linear(module: nn.Module) -> bool:
     return is_matrix or is_wrapper
 
 
-def _obstacle(model: nn.Module, name: str, module: nn.Module) -> str | None:
+def _obstacle(model: nn.Module, name: str, module: nn.Module, *, codes: bool = False) -> str | None:
+    """Return why a layer cannot be masked; None if it can. codes: for a layer of codes, where codes are allowed."""
     path, _, child = name.rpartition(".")
     parent = model.get_submodule(path)
-    if isinstance(parent, nn.MultiheadAttention):
+    if codes:
+        why = why_not_there(parent, child) or why_no_codes(module) or why_lost(module)
+    elif isinstance(parent, nn.MultiheadAttention):
         return _attention_obstacle(model, path, parent, child) or why_no_mask(module)
-    kind = Conv1D if isinstance(module, Conv1D) else nn.Linear
-    why = why_not_there(parent, child) or why_no_mask(module, kind)
-    return why if why or has_slow_path(parent, child) else why_read(parent, child)
-
-
-def _obstacle_of_codes(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    """Return why a layer of codes cannot be masked even where codes are allowed; None if it can."""
-    path, _, child = name.rpartition(".")
-    parent = model.get_submodule(path)
-    why = why_not_there(parent, child) or why_no_codes(module) or why_lost(module)
+    else:
+        kind = Conv1D if isinstance(module, Conv1D) else nn.Linear
+        why = why_not_there(parent, child) or why_no_mask(module, kind)
     return why if why or has_slow_path(parent, child) else why_read(parent, child)
 
 
@@ -292,11 +281,6 @@ def _expert_parameters(name: str, module: nn.Module) -> list[tuple[str, nn.Param
         return stacked or (parameter.dim() == 2 and is_experts and "bias" not in part)
 
     return [(part, p) for part, p in module.named_parameters(recurse=False) if holds_matrices(part, p)]
-
-
-def _output_embeddings(model: nn.Module) -> list[nn.Module]:
-    getters = [getattr(m, "get_output_embeddings", None) for m in (model, *model.children())]
-    return [head for getter in getters if getter is not None and (head := getter()) is not None]
 
 
 def _memory(parameter: Tensor) -> tuple:

@@ -33,17 +33,6 @@ from mft.models.next_tokens import check_next_tokens
 from mft.models.smollm2 import GGUF_SHA256, fetch_smollm2
 from mft.models.weight_files import WeightFiles, are_readable, quiet_progress
 
-__all__ = [
-    "SHORTHANDS",
-    "fetch_smollm2",
-    "load_model",
-    "load_outline",
-    "load_tokenizer",
-    "load_unread",
-    "save_model",
-    "smollm2_directory",
-]
-
 logger = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).with_name("templates")

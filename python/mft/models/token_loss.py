@@ -57,9 +57,11 @@ def token_losses(
     correct = torch.zeros(targets.shape, dtype=torch.bool, device=hidden.device)
     tempered = torch.zeros_like(losses)
     scored = targets != -100
-    where = find_labelled(labels)
-    states = hidden.flatten(0, 1).index_select(0, where.positions)
-    found = list(_losses_of_chunks(head, states, where.targets, temperature))
+    found = []
+    for block, wanted in _blocks(head, hidden, labels):
+        loss = _loss(block, wanted)
+        warm = loss if temperature == 1 else _loss(block.float() / temperature, wanted)
+        found.append((loss, likeliest(block) == wanted, warm))
     for values, parts in zip((losses, correct, tempered), zip(*found)):
         values[scored] = torch.cat(parts)
     return losses, correct, tempered
@@ -72,32 +74,25 @@ def temperature_slopes(head: nn.Module, hidden: Tensor, labels: Tensor, inverse:
     inverse is 1 / temperature. With p = softmax(inverse * z) and label y, the first derivative is the sum over tokens
     of E_p[z] - z_y, and the second is the sum of the variance of z under p.
     """
-    where = find_labelled(labels)
-    states = hidden.flatten(0, 1).index_select(0, where.positions)
     first = torch.zeros((), dtype=torch.float64, device=hidden.device)
     second = torch.zeros_like(first)
-    for chunk, wanted in zip(states.split(CHUNK), where.targets.split(CHUNK)):
-        logits = head(chunk)
-        rows = rows_at_once(logits)
-        for block, labels in zip(logits.split(rows), wanted.split(rows)):
-            values = block.float()
-            shares = (values * inverse).softmax(-1)
-            centred = values - (shares * values).sum(-1, keepdim=True)
-            first -= centred.gather(-1, labels[:, None]).sum(dtype=torch.float64)
-            second += (shares * centred.square_()).sum(dtype=torch.float64)
+    for block, wanted in _blocks(head, hidden, labels):
+        values = block.float()
+        shares = (values * inverse).softmax(-1)
+        centred = values - (shares * values).sum(-1, keepdim=True)
+        first -= centred.gather(-1, wanted[:, None]).sum(dtype=torch.float64)
+        second += (shares * centred.square_()).sum(dtype=torch.float64)
     return first, second
 
 
-def _losses_of_chunks(
-    head: nn.Module, states: Tensor, targets: Tensor, temperature: float
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for chunk, wanted in zip(states.split(CHUNK), targets.split(CHUNK)):
+def _blocks(head: nn.Module, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits of a few labelled tokens at a time, and the tokens that follow them."""
+    where = find_labelled(labels)
+    states = hidden.flatten(0, 1).index_select(0, where.positions)
+    for chunk, wanted in zip(states.split(CHUNK), where.targets.split(CHUNK)):
         logits = head(chunk)
         rows = rows_at_once(logits)
-        for block, labels in zip(logits.split(rows), wanted.split(rows)):
-            loss = _loss(block, labels)
-            tempered = loss if temperature == 1 else _loss(block.float() / temperature, labels)
-            yield loss, likeliest(block) == labels, tempered
+        yield from zip(logits.split(rows), wanted.split(rows))
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from mft.files.json_file import read_object
 from mft.models.attached import attach, attached
 
-_ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_MOST_INDEX = 1 << 26  # bytes: a model of 100,000 tensors has 10 MB
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MOST_INDEX = 1 << 26  # bytes: a model of 100,000 tensors has 10 MB
 
 
 class WeightFiles:
@@ -182,7 +182,7 @@ def are_readable(settings: Any, directory: Path) -> bool:
     """Return whether WeightFiles can read this model: it reads neither codes nor files under other names."""
     plain = getattr(settings, "quantization_config", None) is None
     named = getattr(settings, "transformers_weights", None) is None and not type(settings).extra_files
-    return plain and named and any((directory / name).is_file() for name in (_ONE, _INDEX))
+    return plain and named and any((directory / name).is_file() for name in (WEIGHTS, INDEX))
 
 
 @contextmanager
@@ -199,10 +199,10 @@ def quiet_progress() -> Iterator[None]:
 
 def _files_by_key(directory: Path) -> dict[str, Path]:
     """Return the file of each key, as from_pretrained finds them."""
-    if (directory / _ONE).is_file():
-        with safe_open(directory / _ONE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), directory / _ONE)
-    names = sorted(set(read_object(directory / _INDEX, _MOST_INDEX)["weight_map"].values()))
+    if (directory / WEIGHTS).is_file():
+        with safe_open(directory / WEIGHTS, framework="pt") as file:
+            return dict.fromkeys(file.keys(), directory / WEIGHTS)
+    names = sorted(set(read_object(directory / INDEX, MOST_INDEX)["weight_map"].values()))
     found: dict[str, Path] = {}
     for name in names:
         with safe_open(directory / name, framework="pt") as file:

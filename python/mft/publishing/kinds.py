@@ -27,13 +27,14 @@ from mft.masks.export_format import (
 )
 from mft.masks.inspection import size_line
 from mft.models.pretrained import MODEL_FILES
+from mft.models.weight_files import INDEX, WEIGHTS
 from mft.publishing.contents import OF_THE_HUB, Contents
 from mft.publishing.facts import MERGED, Facts, facts_of_adapter, facts_of_masks, read_merged, with_run
 from mft.publishing.markdown import block, text
 from mft.training.run_directory import CHECKPOINTS, MODEL, result_of
 
-_MODEL_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_OF_A_MODEL = frozenset({_MODEL_CONFIG, _WEIGHTS, _INDEX})
+_MODEL_CONFIG = "config.json"
+_OF_A_MODEL = frozenset({_MODEL_CONFIG, WEIGHTS, INDEX})
 _SHARD = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _AGAIN = "write it again"
 _PAPER = "[Mask Fine-Tuning](https://arxiv.org/abs/2503.22764)"
@@ -211,9 +212,9 @@ class ModelContents(Contents):
 
 def _shards(directory: Path) -> dict[str, set[str]]:
     """Return {name of a weights file: the tensors that it must hold}."""
-    path = directory / _INDEX
+    path = directory / INDEX
     if not path.is_file():
-        return {_WEIGHTS: set()}
+        return {WEIGHTS: set()}
     places: Any = read_object(path, MOST_CONFIG).get("weight_map")
     names = list(places.values()) if isinstance(places, dict) else []
     plain = (isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors") for name in names)
