@@ -92,7 +92,7 @@ def layers_of(model):
 
 def dropped(model, name="default"):
     """Return the number of dropped weights by layer, in the masks that PEFT computes with."""
-    masks = [layer.current_mask(name, "weight") for layer in layers_of(model)]
+    masks = [layer.packed_mask(name, "weight", anew=False) for layer in layers_of(model)]
     return [int((~unpack_mask(mask, (64, 32))).sum()) for mask in masks]
 
 

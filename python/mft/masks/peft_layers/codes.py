@@ -1,5 +1,7 @@
 """A masked layer under PEFT whose base holds NF4 or int8 codes, as in QLoRA."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from mft.masks.quantize import can_skip_dense, masked_product, quantized_product
 from mft.models.codes.linear import codes_of, set_codes
 from mft.models.codes.weight import QuantizedWeight
 from mft_kernels import masked_linear_by_ratio
-from mft_kernels.internal import NonFiniteScores, current_mask, linear_on
+from mft_kernels.internal import current_mask, linear_on
 
 
 class MaskCodes(MaskLinear):
@@ -37,22 +39,17 @@ class MaskCodes(MaskLinear):
             return quantized_product(given, quantized, bias).to(x.dtype)
         return F.linear(given, quantized.dense().to(given.dtype), bias).to(x.dtype)
 
-    def _product(self, adapter_name: str, x: Tensor) -> Tensor:
-        scores, quantized, given = self.mft_scores[adapter_name], self._quantized, self._given(x)
-        self._attend(adapter_name, scores)
-        selection, bias = self._selection(adapter_name, scores), self._bias_for(given)
-        try:
-            if can_skip_dense(quantized, given, scores):
-                mask = current_mask(scores, **selection)
-                y = masked_product(given, quantized, mask, scores, bias, mode=selection["mode"])
-            else:
-                y = masked_linear_by_ratio(given, quantized.dense().to(given.dtype), scores, bias, **selection)
-        except NonFiniteScores:
-            raise NonFiniteScores(scores.detach(), self.module_name) from None
-        return y.to(x.dtype)
+    def _compute(self, parameter: str, scores: nn.Parameter, selection: dict[str, Any], x: Tensor) -> Tensor:
+        quantized, given = self._quantized, self._given(x)
+        bias = self._bias_for(given)
+        if can_skip_dense(quantized, given, scores):
+            mask = current_mask(scores, **selection)
+            return masked_product(given, quantized, mask, scores, bias, mode=selection["mode"]).to(x.dtype)
+        dense = quantized.dense().to(given.dtype)
+        return masked_linear_by_ratio(given, dense, scores, bias, **selection).to(x.dtype)
 
-    def _mixed(self, x: Tensor, rows: TaskPerRow) -> Tensor:
-        return super()._mixed(x.to(self._quantized.dtype), rows).to(x.dtype)
+    def _mixed(self, rows: TaskPerRow, x: Tensor) -> Tensor:
+        return super()._mixed(rows, x.to(self._quantized.dtype)).to(x.dtype)
 
     def _given(self, x: Tensor) -> Tensor:
         """Return x in the dtype that the base layer computes in."""

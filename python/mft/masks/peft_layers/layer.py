@@ -74,6 +74,22 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
     def scores_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """Return the scores of the mask of this name, by parameter; only parameters that have scores."""
 
+    def forward(self, *args: Any, rows: TaskPerRow | None = None, **kwargs: Any) -> Tensor:
+        """Compute with the active mask, or with each row's mask if rows is given; see MaskModel."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if rows is not None and not self.disable_adapters:
+            if self.merged:
+                raise ValueError(
+                    f"adapter_names need weights with no mask merged into them, got {self.merged_adapters[0]!r} in "
+                    f"{self.module_name}: unmerge_adapter() first"
+                )
+            return self._mixed(rows, *args, **kwargs)
+        name = self._active()
+        if self.disable_adapters or self.merged or name is None:
+            return self._unmasked(*args, **kwargs)
+        return self._masked(name, *args, **kwargs)
+
     def learned_on(self, adapter_name: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield the scores of the mask of this name, each with its weight."""
         for part, scores in self.scores_of(adapter_name).items():
@@ -91,14 +107,16 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         return unpack_mask(self.packed_mask(adapter_name, parameter), shape)
 
     @torch.no_grad()
-    def current_mask(self, adapter_name: str, parameter: str) -> Tensor:
-        """Return the packed mask of this name. It is selected again only if its scores have changed."""
-        watch(self.scores_of(adapter_name)[parameter])  # PEFT replaces parameters when it loads them
-        return self._selected(adapter_name, parameter, anew=False)
-
-    def packed_mask(self, adapter_name: str, parameter: str) -> Tensor:
-        """Return the packed mask of this name, selected again; see pack_mask."""
-        return self._selected(adapter_name, parameter, anew=True)
+    def packed_mask(self, adapter_name: str, parameter: str, *, anew: bool = True) -> Tensor:
+        """Return the packed mask of this name; see pack_mask. Unless anew, it is selected only if scores changed."""
+        scores = self.scores_of(adapter_name)[parameter]
+        if not anew:
+            watch(scores)  # here, because PEFT replaces parameters when it loads them
+        selection = self._selection(adapter_name, scores, anew=anew)
+        try:
+            return current_mask(scores, **selection, anew=anew).packed
+        except NonFiniteScores:
+            raise NonFiniteScores(scores.detach(), self.names[parameter]) from None
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         if not isinstance(adapter_names, str) and len(adapter_names) > 1:
@@ -205,9 +223,33 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         """Return the name of the active mask, if it has scores here."""
         return next((name for name in self.active_adapters if name in self.mft_scores), None)
 
+    def _unmasked(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base_layer(*args, **kwargs)
+
     @abstractmethod
-    def _product(self, adapter_name: str, *given: Any) -> Tensor:
-        """Compute the forward with the mask of this name."""
+    def _masked(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the forward with the mask of this name, by _product_by."""
+
+    @abstractmethod
+    def _mixed(self, rows: TaskPerRow, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the forward with each row's mask."""
+
+    @abstractmethod
+    def _compute(self, parameter: str, scores: nn.Parameter, selection: dict[str, Any], *given: Any) -> Tensor:
+        """Compute one masked product."""
+
+    def _product(self, adapter_name: str, parameter: str, *given: Tensor) -> Tensor:
+        """Compute one product with the mask of this name. Watches the scores and hooks their surrogate first."""
+        scores, config = self.scores_of(adapter_name)[parameter], self.mft_config[adapter_name]
+        watch(scores)  # in each forward, because PEFT replaces parameters when it loads them
+        surrogate = surrogate_of(config)
+        if surrogate is not None and scores.requires_grad:
+            hook_scores(scores, surrogate, threshold=config.threshold, mode=config.mode)
+        selection = self._selection(adapter_name, scores)
+        try:
+            return self._compute(parameter, scores, selection, *given)
+        except NonFiniteScores:
+            raise NonFiniteScores(scores.detach(), self.names[parameter]) from None
 
     def _product_by(self, adapter_name: str) -> Callable[..., Tensor]:
         """Return _product. With a budget it runs outside torch.compile's graphs, which miss changes of other scores."""
@@ -218,35 +260,11 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
     def _product_outside_graphs(self, *given: Any) -> Tensor:
         return self._product(*given)
 
-    def _attend(self, adapter_name: str, scores: nn.Parameter) -> None:
-        """Watch the scores and hook their surrogate. Runs in each forward, because PEFT replaces loaded parameters."""
-        watch(scores)
-        config = self.mft_config[adapter_name]
-        surrogate = surrogate_of(config)
-        if surrogate is not None and scores.requires_grad:
-            hook_scores(scores, surrogate, threshold=config.threshold, mode=config.mode)
-
     def _selection(self, adapter_name: str, scores: nn.Parameter, *, anew: bool = False) -> dict[str, Any]:
         config, shared = self.mft_config[adapter_name], self.shared_thresholds.get(adapter_name)
         keep_ratio = 1.0 if config.keep_ratio is None else config.keep_ratio
         threshold = config.threshold if shared is None else shared.value(scores, look_at_all=anew)
         return {"keep_ratio": keep_ratio, "threshold": threshold, "mode": config.mode}
-
-    def _selected(self, adapter_name: str, parameter: str, anew: bool) -> Tensor:
-        scores = self.scores_of(adapter_name)[parameter]
-        selection = self._selection(adapter_name, scores, anew=anew)
-        try:
-            return current_mask(scores, **selection, anew=anew).packed
-        except NonFiniteScores:
-            raise NonFiniteScores(scores.detach(), self.names[parameter]) from None
-
-    def _check_unmerged(self) -> None:
-        """Raise ValueError if a mask is merged, because rows cannot have their own masks then."""
-        if self.merged:
-            raise ValueError(
-                f"adapter_names need weights with no mask merged into them, got {self.merged_adapters[0]!r} in "
-                f"{self.module_name}: unmerge_adapter() first"
-            )
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the scores; PEFT's method would cast them to the weight's dtype."""
@@ -260,17 +278,6 @@ class MaskLinear(MaskTunerLayer):
 
     def __init__(self, base_layer: nn.Module, module_name: str) -> None:
         super().__init__(base_layer, module_name, {"weight": module_name}, _Scores())  # by adapter: (N, K)
-
-    def forward(self, x: Tensor, rows: TaskPerRow | None = None) -> Tensor:
-        """Compute with the active mask, or with each row's mask if rows is given; see MaskModel."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if rows is not None and not self.disable_adapters:
-            return self._mixed(x, rows)
-        name = self._active()
-        if self.disable_adapters or self.merged or name is None:
-            return self._unmasked(x)
-        return self._product_by(name)(name, x)
 
     def scores_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
         return {"weight": self.mft_scores[adapter_name]}
@@ -311,17 +318,11 @@ class MaskLinear(MaskTunerLayer):
 
     # ------------------------------------------------------------------------------------------ private
 
-    def _unmasked(self, x: Tensor) -> Tensor:
-        return self.base_layer(x)
+    def _masked(self, adapter_name: str, x: Tensor) -> Tensor:
+        return self._product_by(adapter_name)(adapter_name, "weight", x)
 
-    def _product(self, adapter_name: str, x: Tensor) -> Tensor:
-        scores = self.mft_scores[adapter_name]
-        self._attend(adapter_name, scores)
-        selection = self._selection(adapter_name, scores)
-        try:
-            return masked_linear_by_ratio(x, self._weight("weight"), scores, self.bias, **selection)
-        except NonFiniteScores:
-            raise NonFiniteScores(scores.detach(), self.module_name) from None
+    def _compute(self, parameter: str, scores: nn.Parameter, selection: dict[str, Any], x: Tensor) -> Tensor:
+        return masked_linear_by_ratio(x, self._weight(parameter), scores, self.bias, **selection)
 
     def _drawn(self, parameter: str, config: MaskConfig) -> nn.Parameter:
         return masked_layer(self.base_layer, self.module_name, config).scores
@@ -329,10 +330,9 @@ class MaskLinear(MaskTunerLayer):
     def _put_scores(self, adapter_name: str, scores: dict[str, nn.Parameter]) -> None:
         self.mft_scores[adapter_name] = scores["weight"]
 
-    def _mixed(self, x: Tensor, rows: TaskPerRow) -> Tensor:
-        self._check_unmerged()
+    def _mixed(self, rows: TaskPerRow, x: Tensor) -> Tensor:
         named = {name for name in rows.tasks if name is not None and name in self.mft_scores}
-        masks: dict[str | None, Tensor] = {name: self.current_mask(name, "weight") for name in named}
+        masks: dict[str | None, Tensor] = {name: self.packed_mask(name, "weight", anew=False) for name in named}
         return rows.mixed(x, self._weight("weight"), masks, self.bias)
 
     def _weight(self, parameter: str) -> Tensor:
@@ -353,17 +353,6 @@ class MaskExperts(MaskTunerLayer):
         super().__init__(base_layer, module_name, names, nn.ModuleDict())  # adapter -> parameter -> scores (E, N, K)
         self._projections = projections
 
-    def forward(self, *args: Any, rows: TaskPerRow | None = None, **kwargs: Any) -> Tensor:
-        """Compute with the active mask, or with each row's mask if rows is given; see MaskModel."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if rows is not None and not self.disable_adapters:
-            return self._mixed(rows, args, kwargs)
-        name = self._active()
-        if self.disable_adapters or self.merged or name is None:
-            return self.base_layer(*args, **kwargs)
-        return experts_forward(self.base_layer, functools.partial(self._product_by(name), name), *args, **kwargs)
-
     def scores_of(self, adapter_name: str) -> dict[str, nn.Parameter]:
         scores = self.mft_scores[adapter_name]  # its keys are sorted, self.names are in the model's order
         return {part: scores[part] for part in self.names if part in scores}
@@ -378,42 +367,37 @@ class MaskExperts(MaskTunerLayer):
     def _put_scores(self, adapter_name: str, scores: dict[str, nn.Parameter]) -> None:
         self.mft_scores[adapter_name] = _Scores(scores)
 
-    def _product(self, adapter_name: str, parameter: str, x: Tensor, offsets: Tensor) -> Tensor:
-        """Compute one projection with the scores of this mask."""
+    def _masked(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+        product = functools.partial(self._product_by(adapter_name), adapter_name)
+        return experts_forward(self.base_layer, product, *args, **kwargs)
+
+    def _product(self, adapter_name: str, parameter: str, *given: Tensor) -> Tensor:
         if parameter not in self.mft_scores[adapter_name]:
-            return project(self.base_layer, parameter, x, offsets)
-        scores, transposed = self.mft_scores[adapter_name][parameter], self._projections[parameter].transposed
-        self._attend(adapter_name, scores)
-        selection = self._selection(adapter_name, scores)
-        try:
-            return masked_linear_grouped_by_ratio(
-                x,
-                self._weight(parameter),
-                scores,
-                offsets,
-                self._bias(parameter),
-                transposed=transposed,
-                **selection,
-            )
-        except NonFiniteScores:
-            raise NonFiniteScores(scores.detach(), self.names[parameter]) from None
+            return project(self.base_layer, parameter, *given)
+        return super()._product(adapter_name, parameter, *given)
 
-    def _mixed(self, rows: TaskPerRow, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
-        self._check_unmerged()
+    def _compute(self, parameter: str, scores: nn.Parameter, selection: dict[str, Any], *given: Any) -> Tensor:
+        weight, bias, transposed = (
+            self._weight(parameter),
+            self._bias(parameter),
+            self._projections[parameter].transposed,
+        )
+        x, offsets = given
+        return masked_linear_grouped_by_ratio(x, weight, scores, offsets, bias, transposed=transposed, **selection)
 
+    def _mixed(self, rows: TaskPerRow, *args: Any, **kwargs: Any) -> Tensor:
         def of_task(name: str | None, *args: Any, **kwargs: Any) -> Tensor:
             if name is None:
                 return self.base_layer(*args, **kwargs)
-            masks = {part: self.current_mask(name, part) for part in self.scores_of(name)}
-            return experts_forward(self.base_layer, functools.partial(self._product_of, masks), *args, **kwargs)
+            masks = {part: self.packed_mask(name, part, anew=False) for part in self.scores_of(name)}
+
+            def product(part: str, x: Tensor, offsets: Tensor) -> Tensor:
+                bias, transposed = self._bias(part), self._projections[part].transposed
+                return grouped_product(x, self._weight(part), masks.get(part), offsets, bias, transposed)
+
+            return experts_forward(self.base_layer, product, *args, **kwargs)
 
         return mixed_experts(rows, self.base_layer, frozenset(self.mft_scores), of_task, args, kwargs)
-
-    def _product_of(self, masks: Mapping[str, Tensor], parameter: str, x: Tensor, offsets: Tensor) -> Tensor:
-        """Compute one projection with packed masks."""
-        transposed = self._projections[parameter].transposed
-        weight, bias = self._weight(parameter), self._bias(parameter)
-        return grouped_product(x, weight, masks.get(parameter), offsets, bias, transposed)
 
     def _bias(self, parameter: str) -> Tensor | None:
         bias = self._projections[parameter].bias
