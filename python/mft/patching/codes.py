@@ -53,7 +53,11 @@ class Code:
         Raises: ValueError if a scale is infinite or NaN, because its product with a code of 0 is not zero.
         """
         blocks, position = np.divmod(elements, self.values)
-        self._check_scales(data, blocks)
+        infinite = blocks[~self.finite(data, blocks)]
+        if len(infinite):
+            raise ValueError(
+                f"a scale in block {infinite[0]} that is infinite or NaN, so that its product with 0 is not 0"
+            )
         data = data.copy()
         for field in self._parts:
             places, slot = blocks * self.size + field.byte[position], field.slot[position]
@@ -72,13 +76,6 @@ class Code:
             return np.ones(len(blocks), bool)
         high = data[blocks * self.size + self.scale + 1]
         return (high.astype(np.int32) << 8 & _INFINITE) != _INFINITE
-
-    def _check_scales(self, data: np.ndarray, blocks: np.ndarray) -> None:
-        infinite = blocks[~self.finite(data, blocks)]
-        if len(infinite):
-            raise ValueError(
-                f"a scale in block {infinite[0]} that is infinite or NaN, so that its product with 0 is not 0"
-            )
 
 
 class _Float(Code):
@@ -172,15 +169,12 @@ class TQ1_0(Code):
         p = np.arange(256)
         part = np.select([p < 160, p < 240], [0, 1], 2)  # 32 bytes, 16 bytes, 4 bytes
         digit, byte = np.divmod(p - np.array([0, 160, 240])[part], np.array([32, 16, 4])[part])
-        return (Field(np.array([0, 32, 48])[part] + byte, digit, self._tables()),)
-
-    @staticmethod
-    def _tables() -> np.ndarray:
-        """Return shape (5, 256): each byte with one digit set to 1. A byte is its digits as a fraction, rounded up."""
+        # The tables: each byte with one digit set to 1. A byte is its digits as a fraction, rounded up.
         powers = 3 ** np.arange(5)
         digits = (np.arange(256)[:, None] * powers % 256) * 3 >> 8
         made = np.where(np.eye(5, dtype=bool)[:, None, :], 1, digits)  # (5, 256, 5)
-        return ((made @ powers[::-1] * 256 + 242) // 243).astype(np.uint8)
+        tables = ((made @ powers[::-1] * 256 + 242) // 243).astype(np.uint8)
+        return (Field(np.array([0, 32, 48])[part] + byte, digit, tables),)
 
 
 class MXFP4(Code):

@@ -41,9 +41,17 @@ class Layout:
         self.tensors = {name: tensors.get(parameter, []) for name, parameter in self._parameters.items()}
         for name, found in self.tensors.items():
             if not found:
-                raise ValueError(f"{path}: {self._why_missing(name)}")
-            if any(tensor.name == _EMBEDDING for tensor in found):
-                raise ValueError(f"{path}: {self._tied(name)}")
+                head = outline.get_output_embeddings()
+                if name not in [own for own, module in outline.named_modules() if module is head]:
+                    raise ValueError(
+                        f"{path}: it must hold the weight of {name}, which is masked, got no tensor from which "
+                        "transformers makes it: name the GGUF file of the model that the masks were learned on"
+                    )
+            if not found or any(tensor.name == _EMBEDDING for tensor in found):
+                raise ValueError(
+                    f"{path}: {name} must have a tensor of its own to be masked, got one that shares {_EMBEDDING} with "
+                    "the embedding, so that the mask would drop weights of the embedding too: leave it out of the masks"
+                )
 
     def elements(self, name: str, dropped: np.ndarray) -> Iterator[tuple[GgufTensor, np.ndarray]]:
         """Yield each tensor with some of a layer's dropped weights (places in the flat weight), and its elements."""
@@ -126,24 +134,6 @@ class Layout:
                 f"{self.path}: {name} must have a weight of {self._layers[name]}, as its mask, got {tuple(shape)}: "
                 "name the GGUF file of the model that the masks were learned on"
             )
-
-    def _why_missing(self, name: str) -> str:
-        if name in self._heads():
-            return self._tied(name)
-        return (
-            f"it must hold the weight of {name}, which is masked, got no tensor from which transformers makes it: "
-            "name the GGUF file of the model that the masks were learned on"
-        )
-
-    def _heads(self) -> list[str]:
-        head = self._outline.get_output_embeddings()
-        return [name for name, module in self._outline.named_modules() if module is head]
-
-    def _tied(self, name: str) -> str:
-        return (
-            f"{name} must have a tensor of its own to be masked, got one that shares {_EMBEDDING} with the "
-            "embedding, so that the mask would drop weights of the embedding too: leave it out of the masks"
-        )
 
 
 class _Outermost:

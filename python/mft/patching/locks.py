@@ -19,6 +19,12 @@ def check_there(path: Path) -> None:
     check_regular(path)
 
 
+def check_new(target: Path) -> None:
+    """Raise ValueError if there is anything at the path of an output."""
+    if os.path.lexists(target):
+        raise ValueError(f"output must be a new file, got {target}, which exists: name another one, or delete it")
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Keep other processes from patching the file in place meanwhile. Raises: RuntimeError if one is at it; OSError."""

@@ -10,7 +10,7 @@ from gguf.constants import GGMLQuantizationType, GGUFType
 
 from mft.files.atomic import atomic_file
 from mft.files.gguf_file import GgufTensor
-from mft.patching.locks import reading
+from mft.patching.locks import check_new, reading
 from mft.patching.plan import LoadBase, Plan, plan_patch, tensor_values
 
 
@@ -60,8 +60,7 @@ def adapter_size(plan: Plan) -> int:
 def write_adapter(plan: Plan, output: str | os.PathLike) -> Adapter:
     """Do write_gguf_lora for a plan."""
     target = Path(output)
-    if os.path.lexists(target):
-        raise ValueError(f"output must be a new file, got {target}, which exists: name another one, or delete it")
+    check_new(target)
     tensors = _tensors(plan)
     rounded, largest = 0, 0.0
     with atomic_file(target) as scratch:

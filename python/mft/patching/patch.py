@@ -9,7 +9,7 @@ from gguf.constants import GGMLQuantizationType
 
 from mft.files.atomic import atomic_file, naming, sweep, write_whole
 from mft.patching.codes import CODES, code_of
-from mft.patching.locks import changing, claiming, reading
+from mft.patching.locks import changing, check_new, claiming, reading
 from mft.patching.plan import LoadBase, Plan, plan_patch
 from mft.patching.rewrite import Rewrite
 from mft.patching.undo_file import read_undo, undo_path
@@ -58,13 +58,13 @@ def patch_gguf(
         nothing is left behind.
     """
     path, target = Path(model), Path(output)
-    _check_new(target)
+    check_new(target)
     with reading(path):
         plan = plan_patch(path, masks, load_base=load_base, force=force)
         widened = _to_widen(plan, widen)
         beside = undo_path(target)
         with naming(beside), claiming(beside) as undo:
-            _check_new(target)
+            check_new(target)
             sweep(target.parent, lambda name: name == target.name)
             try:
                 with atomic_file(target) as scratch:
@@ -112,7 +112,7 @@ def undo_gguf_patch(patched: str | os.PathLike, output: str | os.PathLike) -> Pa
     Raises: FileNotFoundError; ValueError if either file has been changed since; OSError. output is then not written.
     """
     path, target = Path(patched), Path(output)
-    _check_new(target)
+    check_new(target)
     with reading(path):
         undo = read_undo(path)
         with atomic_file(target) as scratch, scratch.open("wb") as sink:
@@ -137,11 +137,6 @@ def undo_gguf_patch_in_place(patched: str | os.PathLike) -> Path:
 
 
 # ---------------------------------------------------------------------------------------------- private
-
-
-def _check_new(target: Path) -> None:
-    if os.path.lexists(target):
-        raise ValueError(f"output must be a new file, got {target}, which exists: name another one, or delete it")
 
 
 def _to_widen(plan: Plan, widen: str | None) -> frozenset[str]:

@@ -127,15 +127,10 @@ def widened_header(head: np.ndarray, header: GgufHeader, widened: frozenset[str]
     for tensor in sorted(header.tensors.values(), key=lambda tensor: tensor.start):
         kind, size = tensor.kind, tensor.size
         if tensor.name in widened:
-            kind, size = GGMLQuantizationType.F32, widened_size(tensor)
+            kind, size = GGMLQuantizationType.F32, 4 * int(np.prod(tensor.shape, dtype=np.int64))
         struct.pack_into("<IQ", changed.data, tensor.entry, kind, offset)
         offset += size + -size % header.alignment
     return changed
-
-
-def widened_size(tensor: GgufTensor) -> int:
-    """Return the number of bytes of a tensor in float32."""
-    return 4 * int(np.prod(tensor.shape, dtype=np.int64))
 
 
 def _pieces(path: Path, header: GgufHeader) -> Iterator[tuple[GgufTensor | None, np.ndarray]]:

@@ -123,7 +123,12 @@ def read_undo(patched: str | os.PathLike) -> Undo:
         found = {name: file.get_tensor(name).numpy() for name in _TENSORS}
     segments, gaps, old = found["segments"], found["gaps"], found["old"]
     expect(path, "segments", segments.shape, segments.ndim == 2 and segments.shape[1:] == (3,), "of shape (n, 3)")
-    _check_segments(path, segments, facts.bytes_before, len(found["moved"].reshape(-1)))
+    total, moved = 0, found["moved"].size
+    for where, start, count in segments.tolist():
+        holds = where in (0, 1) and start >= 0 and count >= 0 and (where == 0 or start + count <= moved)
+        expect(path, "segments", (where, start, count), holds, "pieces of the patched file and of what was moved")
+        total += count
+    expect(path, "segments", total, total == facts.bytes_before, f"of {facts.bytes_before} bytes together")
     steps = gaps.reshape(-1).astype(np.int64)
     places = np.cumsum(steps)[steps != _SKIP]
     expect(path, "gaps", len(places), len(places) == old.size, f"of {old.size} bytes")
@@ -141,15 +146,6 @@ def _facts(path: Path, values: dict[str, Any]) -> Facts:
     size = values["bytes_before"]
     expect(path, "bytes_before", size, 0 <= size < 1 << 62, "a file's size")
     return Facts(**values)
-
-
-def _check_segments(path: Path, segments: np.ndarray, size: int, moved: int) -> None:
-    total = 0
-    for where, start, count in segments.tolist():
-        holds = where in (0, 1) and start >= 0 and count >= 0 and (where == 0 or start + count <= moved)
-        expect(path, "segments", (where, start, count), holds, "pieces of the patched file and of what was moved")
-        total += count
-    expect(path, "segments", total, total == size, f"of {size} bytes together")
 
 
 def _gaps(places: np.ndarray) -> np.ndarray:

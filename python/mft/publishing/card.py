@@ -31,9 +31,11 @@ _LICENSE = ("license", "license_name", "license_link")
 def model_card(contents: Contents, repository: str, license: Mapping[str, Any] | None = None) -> str:
     """Return the card of contents in a repository. Without license, the card names none."""
     facts = contents.facts
+    sources = [] if facts.config is None else facts.config.data.every_source
     data = ModelCardData(
         base_model=hub_base(facts.base_model_name_or_path),
-        datasets=_datasets(facts.config),
+        datasets=[name for name in sources if name not in NAMED and split_hub_id(name) and not Path(name).exists()]
+        or None,
         eval_results=_eval_results(facts) or None,
         model_name=repository.partition("/")[2] if facts.results else None,
         library_name=contents.library,
@@ -51,7 +53,14 @@ def model_card(contents: Contents, repository: str, license: Mapping[str, Any] |
         [] if facts.config is None else _training(facts.config),
     )
     body = "\n\n".join(line for part in parts for line in part)
-    return _signed(f"---\n{data.to_yaml()}\n---\n\n{body}\n")
+    card = f"---\n{data.to_yaml()}\n---\n\n{body}\n"
+    digest = hashlib.sha256(card.encode()).hexdigest()
+    return f"{card}\n<!-- made by mft push of what it read, sha256:{digest}; edited, it is yours -->\n"
+
+
+def read_card(path: Path) -> str:
+    """Return the text of a card, which may be damaged. Raises: as read_regular."""
+    return read_regular(path, _MOST).decode("utf-8", errors="replace")
 
 
 def is_made(card: str) -> bool:
@@ -70,7 +79,7 @@ def license_of(base: str | None) -> dict[str, str]:
         if not isinstance(cached, str):
             return {}
         path = Path(cached)
-    head = _HEAD.match(read_regular(path, _MOST).decode("utf-8", errors="replace"))
+    head = _HEAD.match(read_card(path))
     values = parse_yaml(head[1], str(path)) if head else None
     found = values if isinstance(values, dict) and isinstance(values.get("license"), str) else {}
     return {key: short_line(found[key]) for key in _LICENSE if isinstance(found.get(key), str)}
@@ -79,23 +88,23 @@ def license_of(base: str | None) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- parts of it
 
 
-def _signed(card: str) -> str:
-    digest = hashlib.sha256(card.encode()).hexdigest()
-    return f"{card}\n<!-- made by mft push of what it read, sha256:{digest}; edited, it is yours -->\n"
-
-
 def _setting(contents: Contents) -> list[str]:
     facts, layers = contents.facts, contents.facts.layers_to_transform
+    if facts.mode is None:
+        return []
+    kept = None
+    if facts.kept is not None and facts.weights:
+        kept = f"{100 * facts.kept / facts.weights:.2f} % of {facts.weights} weights"
     rows = {
         "base": facts.base_model_name_or_path and base_in_a_sentence(facts.base_model_name_or_path),
         "weights of the base": facts.base_hash and text(facts.base_hash),
         "dtype": facts.dtype and text(facts.dtype),
         "base during training, quantised to": facts.base_quantization and text(facts.base_quantization),
-        "kept": _kept(facts),
+        "kept": kept,
         "size": contents.size,
         "`alpha`": facts.alpha,
         "`keep_ratio`": facts.keep_ratio,
-        "`mode`": facts.mode and text(facts.mode),
+        "`mode`": text(facts.mode),
         "masked layers": facts.modules,
         "`target_modules`": facts.target_modules and text(", ".join(facts.target_modules)),
         "`layers_to_transform`": layers and layer_ranges(layers),
@@ -103,7 +112,7 @@ def _setting(contents: Contents) -> list[str]:
         "content": facts.content_hash and text(facts.content_hash),
     }
     shown = [(name, value) for name, value in rows.items() if value is not None and value != []]
-    return ["## Masks", table(("", ""), shown)] if facts.mode is not None else []
+    return ["## Masks", table(("", ""), shown)]
 
 
 def _results(results: Results) -> list[str]:
@@ -152,14 +161,3 @@ def _eval_results(facts: Facts) -> list[EvalResult]:
         )
         for key, name in names.items()
     ]
-
-
-def _datasets(config: RunConfig | None) -> list[str] | None:
-    given = [] if config is None else config.data.every_source
-    return [one for one in given if one not in NAMED and split_hub_id(one) and not Path(one).exists()] or None
-
-
-def _kept(facts: Facts) -> str | None:
-    if facts.kept is None or not facts.weights:
-        return None
-    return f"{100 * facts.kept / facts.weights:.2f} % of {facts.weights} weights"

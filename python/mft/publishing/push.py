@@ -15,13 +15,10 @@ from mft.checks import check_one_of, check_rule
 from mft.config import CODINGS
 from mft.files.hub import COMMIT, HubError, asking_hub, hub_is_reachable, split_hub_id, unreachable
 from mft.files.json_file import short
-from mft.files.regular_file import read_regular
-from mft.publishing.card import is_made, license_of, model_card
+from mft.publishing.card import is_made, license_of, model_card, read_card
 from mft.publishing.contents import README, Contents
 from mft.publishing.kinds import read_contents
 from mft.publishing.markdown import hub_base
-
-_MOST_CARD = 1 << 20  # most bytes of a card that is read
 
 
 @dataclass(frozen=True)
@@ -89,9 +86,18 @@ def push_to_hub(
     api, branch = HfApi(), revision or "main"
     with asking_hub(repository, revision, writing=True):
         url, head, there = _opened(api, repository, branch, private=private)
-    _check_kind(contents, repository, there)
+    if others := contents.rivals & there:  # a model and an adapter would be loaded together
+        raise ValueError(
+            f"repository must be new or hold the same kind of thing, got {repository!r} with {min(others)} for "
+            f"{contents.kind}: name another one"
+        )
     added = {name: changed.get(name, str(contents.directory / name)) for name in contents.files}
-    if README not in there or overwrite_card or _may_replace(repository, head, card):
+    replaces = README not in there or overwrite_card
+    if not replaces:
+        with asking_hub(repository, head):
+            present = read_card(Path(hf_hub_download(repository, README, revision=head)))
+        replaces = present == card or is_made(present)
+    if replaces:
         added[README] = card.encode()
     else:
         notes.append(f"{README} of {repository} was written or edited by hand and stays; --overwrite-card replaces it")
@@ -126,16 +132,6 @@ def _opened(api: HfApi, repository: str, branch: str, *, private: bool) -> tuple
     return url, info.sha, {file.rfilename for file in info.siblings or []}
 
 
-def _check_kind(contents: Contents, repository: str, there: set[str]) -> None:
-    """Raise ValueError if the repository holds another kind: a model and an adapter would be loaded together."""
-    other = contents.rivals & there
-    if other:
-        raise ValueError(
-            f"repository must be new or hold the same kind of thing, got {repository!r} with {min(other)} for "
-            f"{contents.kind}: name another one"
-        )
-
-
 def _notes(contents: Contents) -> list[str]:
     notes = [] if contents.note is None else [contents.note]
     if contents.left_out:
@@ -150,7 +146,7 @@ def _notes(contents: Contents) -> list[str]:
 def _card(contents: Contents, repository: str, license: str | None, notes: list[str]) -> str:
     path = contents.directory / README
     if path.is_file():
-        own = read_regular(path, _MOST_CARD).decode("utf-8", errors="replace")
+        own = read_card(path)
         if contents.form is not None and contents.form in own:
             notes.append(f"{path} is PEFT's template, not filled in: a generated card replaces it")
         elif not is_made(own):
@@ -159,10 +155,3 @@ def _card(contents: Contents, repository: str, license: str | None, notes: list[
     if not found:
         notes.append("the card names no license, because that of the base is unknown: name one with --license")
     return model_card(contents, repository, found)
-
-
-def _may_replace(repository: str, head: str, card: str) -> bool:
-    with asking_hub(repository, head):
-        path = hf_hub_download(repository, README, revision=head)
-    there = read_regular(Path(path), _MOST_CARD).decode("utf-8", errors="replace")
-    return there == card or is_made(there)
