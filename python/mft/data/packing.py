@@ -134,19 +134,15 @@ def _text_rows(
                 break
         stream.flush()
         if budget is None or share is None or len(rows) >= budget or not shortened:
-            rows.reorder(_first_of_each(rows.document)[:budget])
+            seen: Counter[int] = Counter()
+            occurrence = []
+            for document in rows.document:
+                occurrence.append(seen[document])
+                seen[document] += 1
+            # The first row of each document, then the second ones, and so on.
+            rows.reorder(sorted(range(len(rows)), key=occurrence.__getitem__)[:budget])
             return rows
         share *= 2
-
-
-def _first_of_each(numbers: list[int]) -> list[int]:
-    """Return the indices of numbers, ordered by occurrence: first occurrences, then second occurrences, and so on."""
-    seen: Counter[int] = Counter()
-    occurrence = []
-    for number in numbers:
-        occurrence.append(seen[number])
-        seen[number] += 1
-    return sorted(range(len(numbers)), key=occurrence.__getitem__)
 
 
 def _add_full_rows(rows: Rows, example: Encoded, first: int, count: int, document: int) -> None:

@@ -15,7 +15,7 @@ from mft.checks import nearest, nearest_path
 from mft.config import HELD_OUT_SHARE, DataConfig
 from mft.data.corpora import describe_headers, describe_stdlib, header_files, stdlib_files
 from mft.data.formats import CONTENT_COLUMNS, FORMS, content_of, find_form
-from mft.data.problems import PROBLEM_SUBSETS, Problem, describe_problems, fingerprint_of, make_problems
+from mft.data.problems import PROBLEM_SUBSETS, describe_problems, fingerprint_of, make_problems
 from mft.data.record_files import ARRAY, FILE_TYPES, TYPES, Records, find_splits, hash_splits, read_files, type_of
 from mft.data.record_streams import RecordStream, stream_files, stream_hub, stream_records
 from mft.data.reserve import RESERVE, RESERVED_SOURCE, reserved
@@ -106,8 +106,15 @@ def of_source(name: str) -> Iterator[None]:
 
 def _open(config: DataConfig) -> Source:
     path = Path(config.source)
-    if config.source in NAMED:
-        return {"stdlib": _stdlib, "headers": _headers, "problems": _problems}[config.source](config)
+    if config.source == "stdlib":
+        _check_named(config, STDLIB_SUBSETS, "the stdlib corpus", "is split by file hash")
+        return _installed(config, stdlib_files(), describe_stdlib(), "install the interpreter's whole library")
+    if config.source == "headers":
+        _check_named(config, (RESERVE,), "the corpus of headers", "is split by file hash")
+        remedy = "install a torch that has its include directory"
+        return _installed(config, header_files(), describe_headers(), remedy)
+    if config.source == "problems":
+        return _problems(config)
     if path.is_file():
         return _single_file(path, config)
     if path.is_dir():
@@ -118,16 +125,6 @@ def _open(config: DataConfig) -> Source:
     raise ValueError(
         f"data.source must be data that exists, got {config.source!r}: no such file or directory{nearest_path(path)}"
     )
-
-
-def _stdlib(config: DataConfig) -> Source:
-    _check_named(config, STDLIB_SUBSETS, "the stdlib corpus", "is split by file hash")
-    return _installed(config, stdlib_files(), describe_stdlib(), "install the interpreter's whole library")
-
-
-def _headers(config: DataConfig) -> Source:
-    _check_named(config, (RESERVE,), "the corpus of headers", "is split by file hash")
-    return _installed(config, header_files(), describe_headers(), "install a torch that has its include directory")
 
 
 def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: str) -> Source:
@@ -144,7 +141,10 @@ def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: s
         splits["test"], left_out["test"] = everything.select(sorted(held)), frozenset()
         part = " (test is the reserve, files that no study has read)"
     elif config.subset is not None:
-        splits["train"] = _part_of(splits["train"], config.subset)
+        train = splits["train"]  # the split uses other digits of these hashes
+        digests = [hashlib.sha256(content_key(row, train.columns)).hexdigest()[8:16] for row in train.rows]
+        first = config.subset == STDLIB_SUBSETS[0]
+        splits["train"] = train.select([i for i, digest in enumerate(digests) if (int(digest, 16) % 10 < 6) == first])
         part = f" (train is the {config.subset} subset of the training files)"
     for split, records in splits.items():
         if len(records.rows) < MINIMUM_FILES:
@@ -155,22 +155,19 @@ def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: s
     return Source(digest.hexdigest(), lambda: splits, [note], reserved=left_out if held else {})
 
 
-def _part_of(train: Records, subset: str) -> Records:
-    """Return the training files of a subset, by the hash of their text; the split uses other digits of that hash."""
-    digests = [hashlib.sha256(content_key(row, train.columns)).hexdigest()[8:16] for row in train.rows]
-    first = [int(digest, 16) % 10 < 6 for digest in digests]
-    return train.select([i for i, is_first in enumerate(first) if is_first == (subset == STDLIB_SUBSETS[0])])
-
-
 def _problems(config: DataConfig) -> Source:
     _check_named(config, PROBLEM_SUBSETS, "problems", "have three fixed splits")
     problems = make_problems(config.subset)
 
-    def load() -> dict[str, Records]:
-        return {split: _problem_records(split, problems[split]) for split in SPLITS}
+    def records_of(split: str) -> Records:
+        rows, kinds = [one.row for one in problems[split]], [one.kind for one in problems[split]]
+        # All problems of a kind are one document: one template makes them dependent.
+        return Records(rows, lambda i: f"problems, {split} row {i}", ["prompt", "completion"], kinds)
 
     part = "" if config.subset is None else f" (train is the {config.subset} subset, half of each kind's problems)"
-    return Source(fingerprint_of(problems), load, [describe_problems(problems) + part], counts_padding=True)
+    notes = [describe_problems(problems) + part]
+    fingerprint = fingerprint_of(problems)
+    return Source(fingerprint, lambda: {split: records_of(split) for split in SPLITS}, notes, counts_padding=True)
 
 
 def _check_named(config: DataConfig, subsets: Sequence[str], source: str, why: str) -> None:
@@ -181,12 +178,6 @@ def _check_named(config: DataConfig, subsets: Sequence[str], source: str, why: s
             f"data.subset must be {', '.join(subsets)} or null for {source}, got {subset!r}"
             f"{nearest(str(subset), subsets)}"
         )
-
-
-def _problem_records(split: str, problems: Sequence[Problem]) -> Records:
-    """Return problems as records. All problems of a kind are one document: one template makes them dependent."""
-    rows = [problem.row for problem in problems]
-    return Records(rows, lambda i: f"problems, {split} row {i}", ["prompt", "completion"], [p.kind for p in problems])
 
 
 def _single_file(path: Path, config: DataConfig) -> Source:
@@ -225,12 +216,18 @@ def _directory(directory: Path, config: DataConfig) -> Source:
         names = ", ".join(str(path.relative_to(directory)) for path in left_out[:3])
         source.notes.append(f"{config.source}: {len(left_out)} files name no split and were left out, such as {names}")
 
-    def load() -> dict[str, Records]:  # not used by a stream
-        available = {name: read_files(paths) for name, paths in used.items()}
-        return _complete(_cut(available, chosen), config, source.notes)
-
-    source.load = load
+    source.load = lambda: _load(
+        lambda name: read_files(used[name]), chosen, config, source.notes
+    )  # but not of a stream
     return source
+
+
+def _load(
+    read: Callable[[str], Records], chosen: Mapping[str, str], config: DataConfig, notes: list[str]
+) -> dict[str, Records]:
+    """Read the source's splits that are chosen, and complete them."""
+    available = {name: read(name) for name in map(_name_of, chosen.values())}
+    return _complete(_cut(available, chosen), config, notes)
 
 
 def _stream_of(files: Mapping[str, Sequence[Path]], chosen: Mapping[str, str]) -> Source:
@@ -255,11 +252,7 @@ def _hub(config: DataConfig) -> Source:
         rows = loaded[name]
         return Records(rows, lambda i: f"{config.source}, split {name}, row {i}", rows.column_names, range(len(rows)))
 
-    def load() -> dict[str, Records]:
-        available = {name: records_of(name) for name in map(_name_of, chosen.values())}
-        return _complete(_cut(available, chosen), config, source.notes)
-
-    source.load = load
+    source.load = lambda: _load(records_of, chosen, config, source.notes)
     return source
 
 
@@ -398,8 +391,11 @@ def _split_off(records: Records, shares: Mapping[str, float]) -> dict[str, Recor
             f"data.source must have more than {len(shares)} different examples to split off "
             f"{' and '.join(shares)}, got {len(distinct)}: add examples, or give those splits"
         )
+    # How far a hash is above 0.9, cyclic. With a share of a tenth, one decimal digit of the hash decides.
+    above = {d: ((int(d[:8], 16) % 10 - 9) % 10 + int(d[16:24], 16) / 2**32) / 10 for d in distinct}
     groups = {
-        split: {digest for digest in distinct if _is_within(digest, split, share)} for split, share in shares.items()
+        split: {d for d in distinct if (above[d] < share if split == "test" else above[d] >= 1 - share)}
+        for split, share in shares.items()
     }
     least = max(1, min(HELD_OUT, len(distinct) // 5))
     missing = {split: max(0, least - len(group)) for split, group in groups.items()}
@@ -415,12 +411,6 @@ def _split_off(records: Records, shares: Mapping[str, float]) -> dict[str, Recor
     for i, digest in enumerate(digests):
         picked[owner.get(digest, "train")].append(i)
     return {split: records.select(indices) for split, indices in picked.items()}
-
-
-def _is_within(digest: str, split: str, share: float) -> bool:
-    """Return whether a hash belongs to a split with this share. With a tenth, one decimal digit of it decides."""
-    above = ((int(digest[:8], 16) % 10 - 9) % 10 + int(digest[16:24], 16) / 2**32) / 10  # how far above 0.9, cyclic
-    return above < share if split == "test" else above >= 1 - share
 
 
 def content_key(row: dict[str, Any], columns: Sequence[str]) -> bytes:

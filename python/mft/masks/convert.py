@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mft.config import DATA_INITS, INITS, MaskConfig
-from mft.masks.budget import load_with_threshold, magnitude_scores, make_budget
+from mft.masks.budget import Budget, load_with_threshold, magnitude_scores, make_budget
 from mft.masks.experts import mask_experts, unmask_experts
 from mft.masks.export_format import PEFT_TYPE
 from mft.masks.gradient_checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
@@ -183,10 +183,14 @@ def convert(model: nn.Module, names: Iterable[str], config: MaskConfig) -> None:
     masked = list(masked_modules(model).values())
     weights = sum(module.scores.numel() for module in masked)
     attach(model, surrogate=make_surrogate(config, weights))
-    if config.budget is not None:
-        _begin_budget(model, masked, config, weights)
+    if (budget := make_budget(config, weights)) is not None:
+        _begin_budget(model, masked, budget, init=config.init)
     train_whole(model, select_saved_modules(model, config.modules_to_save))
-    _prepare_checkpointing(model, names)
+    stacks = layer_stacks(model)
+    if len(stacks) == 1:  # several stacks have no single first layer; transformers' own way is correct, if slower
+        layers = [index for name in names if (index := layer_index(name, stacks)) is not None]
+        if layers:
+            add_checkpointing_hooks(model, next(iter(stacks)), min(layers))
 
 
 def mergeable_modules(model: nn.Module) -> dict[str, MaskedLayer]:
@@ -328,10 +332,8 @@ def _scores_options(name: str, config: MaskConfig, weight: Tensor) -> dict[str, 
 
 
 @torch.no_grad()
-def _begin_budget(model: nn.Module, masked: list[MaskedLayer], config: MaskConfig, weights: int) -> None:
+def _begin_budget(model: nn.Module, masked: list[MaskedLayer], budget: Budget, *, init: str) -> None:
     """Initialise magnitude scores on one scale for all layers, and select the masks used before the first step."""
-    budget = make_budget(config, weights)
-    assert budget is not None, "asked for where there is one"
     if budget.fills:
         budget.grow(0, 1)
     attach(model, budget=budget)
@@ -339,7 +341,7 @@ def _begin_budget(model: nn.Module, masked: list[MaskedLayer], config: MaskConfi
         load_with_threshold(module)
     if any(module.weight.is_meta for module in masked):
         return
-    if config.init == "magnitude":
+    if init == "magnitude":
         for module, scores in zip(masked, magnitude_scores([module.weight for module in masked])):
             set_scores(module, scores)
     if budget.quota:
@@ -361,13 +363,3 @@ def _merged(module: MaskedLinear, alpha: float) -> nn.Module:
         return linear
     weight = nn.Parameter(linear.weight.t().contiguous()) if came_from_conv1d(module) else linear.weight
     return filled(original, weight=weight, bias=linear.bias).to(weight.device).train(linear.training)
-
-
-def _prepare_checkpointing(model: nn.Module, names: list[str]) -> None:
-    stacks = layer_stacks(model)
-    if len(stacks) != 1:  # several stacks have no single first layer; transformers' own way is correct, if slower
-        return
-    first = min((index for name in names if (index := layer_index(name, stacks)) is not None), default=None)
-    if first is not None:
-        (stack,) = stacks
-        add_checkpointing_hooks(model, stack, first)

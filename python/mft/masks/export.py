@@ -199,7 +199,11 @@ def put_masks(
         convert(model, list(shapes), loaded_config(mode))
         masked = masked_modules(model)
     for name, packed in masks.items():
-        _set_mask(masked[name], packed, mode, keep_ratio)
+        module = masked[name]
+        module.mode, module.threshold = mode, _THRESHOLD[mode]
+        if keep_ratio is not None:
+            module.keep_ratio = keep_ratio
+        set_scores(module, scores_of_mask(packed.to(module.scores.device), module.scores.shape, mode))
     return model
 
 
@@ -353,15 +357,6 @@ def _check_fit(model: nn.Module, stored: dict[str, tuple[int, ...]]) -> None:
     if not masked:
         find_targets(model, stored)
     check_shapes(model, stored)
-
-
-def _set_mask(module: MaskedLayer, packed: Tensor, mode: str, keep_ratio: float | None) -> None:
-    module.mode = mode
-    module.threshold = _THRESHOLD[mode]
-    if keep_ratio is not None:
-        module.keep_ratio = keep_ratio
-    scores = scores_of_mask(packed.to(module.scores.device), module.scores.shape, mode)
-    set_scores(module, scores)
 
 
 def _exact_weight(model: nn.Module, name: str) -> Tensor:

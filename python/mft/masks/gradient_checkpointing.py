@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mft.models.head_input import remove_pre_hooks
+
 
 class PrefixWithoutCheckpoints:
     """Forward pre-hook of the module that contains layers. model's first masked layer is layers[first]."""
@@ -58,7 +60,4 @@ def add_checkpointing_hooks(model: nn.Module, stack: str, first: int) -> None:
 
 def remove_checkpointing_hooks(model: nn.Module) -> None:
     """Undo add_checkpointing_hooks."""
-    for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, PrefixWithoutCheckpoints | ReentrantEntry):
-                del module._forward_pre_hooks[key]
+    remove_pre_hooks(model, PrefixWithoutCheckpoints, ReentrantEntry)

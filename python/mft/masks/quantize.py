@@ -239,7 +239,11 @@ class _QuantizedProduct(torch.autograd.Function):
         d_x = d_bias = None
         if ctx.needs_input_grad[0]:
             # Under autocast, x and the output may have other dtypes than the weight.
-            d_x = _d_x(grad_output, ctx.quantized).to(ctx.x_dtype)
+            if _is_fused(grad_output, ctx.quantized):
+                d_x = ctx.quantized.masked_d_x(grad_output, None)
+            else:
+                d_x = grad_output @ ctx.quantized.dense().to(grad_output.dtype)
+            d_x = d_x.to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             d_bias = grad_output.flatten(0, -2).sum(0)
         return d_x, d_bias, None
@@ -253,12 +257,6 @@ _MOST_FUSED_TOKENS = 512
 
 def _is_fused(x: Tensor, quantized: QuantizedWeight) -> bool:
     return x.shape[:-1].numel() <= _MOST_FUSED_TOKENS and quantized.is_fused(x)
-
-
-def _d_x(grad_output: Tensor, quantized: QuantizedWeight) -> Tensor:
-    if _is_fused(grad_output, quantized):
-        return quantized.masked_d_x(grad_output, None)
-    return grad_output @ quantized.dense().to(grad_output.dtype)
 
 
 class _QuantizedMaskedProduct(torch.autograd.Function):
@@ -310,8 +308,7 @@ class _GroupedMaskedProduct(torch.autograd.Function):
         layer: QuantizedMaskedGroupedLinear,
         mask: CurrentMask,
     ) -> Tensor:
-        needs_x = ctx.needs_input_grad[1]
-        ctx.save_for_backward(x if needs_x else None, scores, offsets)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, scores, offsets)
         ctx.layer, ctx.mask = layer, mask
         return GROUPED_PACKED.compute((x, layer.weight, mask.packed, offsets, bias, layer.transposed, "auto"))
 

@@ -14,12 +14,13 @@ that learn, so the band narrows by the same share in each step. (With linear ste
 steps.)
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mft.config import MaskConfig
 from mft.models.attached import attached
@@ -75,7 +76,10 @@ class Surrogate:
 
         grad: d_scores, (N, K) or (E, N, K); or grad_output.T @ x if weight is given. scores, weight: in grad's shape.
         """
-        for part, some, own in _rows(grad, scores, weight):
+        # A few rows at a time; experts are flattened into rows.
+        grads, rows = (tensor.flatten(0, -2).split(_ROWS) for tensor in (grad, scores))
+        weights = [None] * len(grads) if weight is None else weight.flatten(0, -2).split(_ROWS)
+        for part, some, own in zip(grads, rows, weights, strict=True):
             straight = part.float()
             if own is not None:
                 straight = straight * own
@@ -96,8 +100,36 @@ def make_surrogate(mask: MaskConfig, weights: int) -> Surrogate | None:
     return Surrogate(start, end, mask.deletion_penalty, weights)
 
 
-def _rows(grad: Tensor, scores: Tensor, weight: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Yield a few rows of each tensor at a time; experts are flattened into rows."""
-    grads, some = (tensor.flatten(0, -2).split(_ROWS) for tensor in (grad, scores))
-    weights = [None] * len(grads) if weight is None else weight.flatten(0, -2).split(_ROWS)
-    yield from zip(grads, some, weights, strict=True)
+class SurrogateHook:
+    """A hook on scores that autograd trains. It replaces their gradient by the surrogate gradient.
+
+    The penalty is added in the first backward pass of a step, which is the one that finds no .grad. Therefore gradients
+    must be set to None between steps (zero_grad's default), not to zeros, and the loss must not be scaled, as fp16
+    training does.
+    """
+
+    __torch_unserializable__ = True  # a new hook is made when scores are loaded
+
+    def __init__(self, scores: nn.Parameter, surrogate: Surrogate, threshold: float, mode: str) -> None:
+        self._scores = ref(scores)  # weak, because the scores hold the hook
+        self._surrogate, self._threshold, self._mode = surrogate, threshold, mode
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        scores = self._scores()
+        assert scores is not None, "whose gradient it is"
+        first = scores.grad is None
+        rule: dict[str, Any] = {"threshold": self._threshold, "mode": self._mode}
+        return self._surrogate.gradient(grad, scores, **rule, penalised=first).to(grad.dtype)
+
+
+def hook_scores(
+    scores: nn.Parameter, surrogate: Surrogate, *, threshold: float | None, mode: str
+) -> RemovableHandle | None:
+    """Add a SurrogateHook to scores; return None if they have one. Raises: ValueError without a threshold."""
+    if any(isinstance(hook, SurrogateHook) for hook in (scores._backward_hooks or {}).values()):
+        return None
+    if threshold is None:
+        raise ValueError(
+            "threshold must be a number with mask.sharpness, which is measured from the threshold, got None"
+        )
+    return scores.register_hook(SurrogateHook(scores, surrogate, threshold, mode))

@@ -131,13 +131,12 @@ def _default(candidate: Candidate, stacks: dict[str, nn.ModuleList]) -> str:
 
 def _other_towers(model: nn.Module, stacks: dict[str, nn.ModuleList], candidates: list[Candidate]) -> list[str]:
     """Return lists of layers with attention or MLP that are not in stacks, such as a language model's vision tower."""
-    others = {name: layers for name, layers in outer_lists(model).items() if name not in stacks}
-
-    def is_tower(name: str) -> bool:
-        inside = [c for c in candidates if c.name.startswith(f"{name}.") and c.module not in others[name]]
-        return any(_default(c, {name: others[name]}) == "target" for c in inside)
-
-    return [name for name in others if is_tower(name)]
+    found = []
+    for name, layers in outer_lists(model).items():
+        inside = [c for c in candidates if c.name.startswith(f"{name}.") and c.module not in layers]
+        if name not in stacks and any(_default(c, {name: layers}) == "target" for c in inside):
+            found.append(name)
+    return found
 
 
 def _own_name(kind: type) -> str:
@@ -171,7 +170,7 @@ def _excluded(patterns: str | list[str] | None, candidates: list[Candidate]) -> 
         if isinstance(patterns, str):
             matches = {c.name for c in candidates if _compile("exclude_modules", pattern)(c.name)}
         else:
-            matches = {c.name for c in candidates if any(_ends_with(n, pattern) for n in _with_parents(c.name))}
+            matches = {c.name for c in candidates if f".{pattern}." in f".{c.name}."}
         if not matches:
             raise ValueError(_no_match(None, "exclude_modules", pattern, candidates, isinstance(patterns, list)))
         excluded |= matches
@@ -209,11 +208,6 @@ def _compile(argument: str, pattern: str) -> Callable[[str], re.Match | None]:
 
 def _ends_with(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith(f".{suffix}")
-
-
-def _with_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 # ---------------------------------------------------------------------------------------------- messages

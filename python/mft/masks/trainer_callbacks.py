@@ -7,26 +7,23 @@ SharpnessCallback its sharpness stays at the start of mask.sharpness. On a model
 the scores while the trainer trains.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from mft.masks.budget import grow_budget
-from mft.masks.surrogate import Surrogate, surrogate_of
-from mft.masks.surrogate_hook import hook_scores
+from mft.masks.surrogate import hook_scores, surrogate_of
 from mft_kernels import MaskedLayer
 
 
 class BudgetCallback(TrainerCallback):
     """Grows a model's budget over a trainer's steps, and selects the masks after each step; see grow_budget."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        grow_budget(model, state.global_step, state.max_steps)
-
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         grow_budget(model, state.global_step, state.max_steps)
+
+    on_train_begin = on_step_end
 
 
 class SharpnessCallback(TrainerCallback):
@@ -45,17 +42,12 @@ class SharpnessCallback(TrainerCallback):
             ]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        for surrogate in _surrogates(model):
-            surrogate.sharpen(state.global_step + 1, state.max_steps)
+        for holder in (model, *getattr(model, "peft_config", {}).values()):
+            if (surrogate := surrogate_of(holder)) is not None:
+                surrogate.sharpen(state.global_step + 1, state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         for handle in self._handles:
             if handle is not None:
                 handle.remove()
         self._handles = []
-
-
-def _surrogates(model: Any) -> Iterator[Surrogate]:
-    for holder in (model, *getattr(model, "peft_config", {}).values()):
-        if (surrogate := surrogate_of(holder)) is not None:
-            yield surrogate

@@ -49,8 +49,12 @@ def unmasked_model(model: nn.Module) -> nn.Module:
             "model before dispatch_model"
         )
     shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    shared |= {id(m): _experts_without_masks(m) for m in model.modules() if isinstance(m, MaskedExperts)}
-    shared |= {id(m): _without_mask(m) for m in masked.values() if isinstance(m, MaskedLinear)}
+    shared |= {id(m): _unmask_experts(m) for m in model.modules() if isinstance(m, MaskedExperts)}
+    for module in masked.values():
+        if isinstance(module, QuantizedMaskedLinear):
+            shared[id(module)] = QuantizedLinear(module.quantized, module.bias)
+        elif isinstance(module, MaskedLinear):
+            shared[id(module)] = linear_on(module.weight, module.bias)
     made: Any = copy.deepcopy(model, shared)
     vars(made).pop("forward", None)  # a trainer may have set one that is bound to the masked model
     remove_checkpointing_hooks(made)
@@ -58,7 +62,7 @@ def unmasked_model(model: nn.Module) -> nn.Module:
     return made.eval()
 
 
-def _experts_without_masks(experts: MaskedExperts) -> nn.Module:
+def _unmask_experts(experts: MaskedExperts) -> nn.Module:
     plain: Any = unmasked_experts(experts)
     for name, layer in plain._modules.items():
         if isinstance(layer, QuantizedMaskedGroupedLinear):
@@ -66,9 +70,3 @@ def _experts_without_masks(experts: MaskedExperts) -> nn.Module:
                 layer.quantized, layer.experts, layer.bias, transposed=layer.transposed
             )
     return plain
-
-
-def _without_mask(module: MaskedLinear) -> nn.Module:
-    if isinstance(module, QuantizedMaskedLinear):
-        return QuantizedLinear(module.quantized, module.bias)
-    return linear_on(module.weight, module.bias)

@@ -30,7 +30,12 @@ def read_in_one_piece(model: nn.Module) -> RemovableHandle | None:
 
 def forget_in_one_piece(model: nn.Module) -> None:
     """Undo read_in_one_piece."""
+    remove_pre_hooks(model, InOnePiece)
+
+
+def remove_pre_hooks(model: nn.Module, *kinds: type) -> None:
+    """Remove the forward pre-hooks of these classes from all modules."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, InOnePiece):
+            if isinstance(hook, kinds):
                 del module._forward_pre_hooks[key]
