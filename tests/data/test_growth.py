@@ -27,7 +27,7 @@ import pyarrow.parquet
 growth.LEAST = {bound}
 
 def stream(path):
-    for row in stream_files([path]).open(None):
+    for row in stream_files([path])(None):
         pass
 """
 EACH = """
@@ -90,7 +90,7 @@ def test_files_that_grow_as_ordinary_ones_do_are_read_however_large(tmp_path, mo
     (tmp_path / "short.jsonl.gz").write_bytes(gzip.compress("".join(texts).encode()))
     for name in ("chats.parquet", "short.jsonl.gz"):
         assert len(read_files([tmp_path / name]).rows) == 20_000
-        assert sum(1 for _ in stream_files([tmp_path / name]).open(None)) == 20_000
+        assert sum(1 for _ in stream_files([tmp_path / name])(None)) == 20_000
 
 
 def test_rows_read_in_pieces_are_those_of_the_whole_table(tmp_path):
@@ -130,7 +130,7 @@ def read(path):
 
 
 def stream(path):
-    return [row["text"] for row, _ in stream_files([path]).open(None)]
+    return [row["text"] for row, _ in stream_files([path])(None)]
 
 
 @pytest.mark.parametrize("reader", [read, stream])

@@ -95,14 +95,14 @@ def test_records_go_on_from_any_position_that_json_has_kept(tmp_path, kind):
         stream = stream_records(read_files(found["jsonl"]))
     else:
         stream = stream_files(found[kind])
-    everything = list(stream.open(None))
+    everything = list(stream(None))
     assert [row["text"] for row, _ in everything] == [row["text"] for row in rows]
     for count in range(len(rows) + 1):
-        reader = stream.open(None)
+        reader = stream(None)
         assert list(itertools.islice(reader, count)) == everything[:count]
         assert not count or set(reader.columns) == {"text", "id"}
         position = json.loads(json.dumps(reader.position))
-        assert list(stream.open(position)) == everything[count:]
+        assert list(stream(position)) == everything[count:]
 
 
 # ---------------------------------------------------------------------------------------------- rows

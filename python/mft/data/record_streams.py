@@ -7,7 +7,6 @@ record_files.py: found by name, and read as plain columns.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,22 @@ from mft.data.formats import without_filling
 from mft.data.record_files import Records, columns_to_read, place_in, read_records, select_content
 
 
-@dataclass(frozen=True)
-class RecordStream:
-    """open(position) returns a Reader; position None starts at the beginning."""
-
-    open: Callable[[Any], "Reader"]
-
-
-def stream_files(paths: Sequence[Path]) -> RecordStream:
+def stream_files(paths: Sequence[Path]) -> "RecordStream":
     """Return a stream of the records of files of one type, one file after another."""
-    return RecordStream(lambda position: _FileReader(paths, position))
+    return lambda position: _FileReader(paths, position)
 
 
-def stream_hub(dataset: datasets.IterableDataset, name: str) -> RecordStream:
+def stream_hub(dataset: datasets.IterableDataset, name: str) -> "RecordStream":
     """Stream only the columns that forms read, if the columns are known: others may hold pictures, to be fetched."""
     columns = dataset.column_names
     if columns is not None:
         dataset = dataset.select_columns(columns_to_read(columns))
-    return RecordStream(lambda position: _HubReader(dataset, columns or [], name, position))
+    return lambda position: _HubReader(dataset, columns or [], name, position)
 
 
-def stream_records(records: Records) -> RecordStream:
+def stream_records(records: Records) -> "RecordStream":
     """Return a stream of records that are in memory."""
-    return RecordStream(lambda position: _RecordsReader(records, position))
+    return lambda position: _RecordsReader(records, position)
 
 
 # ---------------------------------------------------------------------------------------------- private
@@ -100,3 +92,4 @@ class _RecordsReader:
 # Reads on from the position where it was opened. position: after the record that it returned last. columns: all that it
 # has seen so far, also those that are not read.
 Reader = _FileReader | _HubReader | _RecordsReader
+RecordStream = Callable[[Any], Reader]  # opens a stream at a position; None: at the beginning

@@ -215,7 +215,7 @@ class SourceRows:
         """Read and tokenise the next documents. Return False if there are none."""
         place, config = self._place, self.config
         if self._reader is None:
-            self._reader = self.stream.open(place.position)
+            self._reader = self.stream(place.position)
             self._records = iter(self._reader)
         rows, places, numbers, length = [], [], [], 0
         number = place.document
@@ -302,7 +302,7 @@ def _open(
 ) -> tuple[SourceRows, dict[str, Rows], list[str]]:
     """Read the held-out records, and look at the first training records."""
     opened, notes = source.open_streams(), list(source.notes)
-    training = opened["train"].open(None)
+    training = opened["train"](None)
     records = iter(training)
     begin: Any = None
     first = 0  # number of the first training document
@@ -310,7 +310,7 @@ def _open(
     held: dict[str, Records] = {}
     for split in SPLITS[1:]:
         if split in opened:
-            held[split] = _records_of(opened[split].open(None), None, budget, 0)
+            held[split] = _records_of(opened[split](None), None, budget, 0)
             continue
         held[split] = _records_of(training, records, budget, first)
         begin, last = training.position, first + len(held[split].rows) - 1

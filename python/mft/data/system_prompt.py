@@ -25,7 +25,7 @@ def shared_system(source: Source) -> str | None:
 
 def _systems(source: Source) -> Iterator[str | None]:
     """Yield the system prompt of each training example, or None."""
-    reader = source.open_streams()["train"].open(None)
+    reader = source.open_streams()["train"](None)
     for row, place in itertools.islice(reader, _FIRST if source.streams else None):
         form = find_form(reader.columns)
         if form in (None, "text"):

@@ -199,17 +199,13 @@ class MaskBank:
         experts = beside(parent)
         layer = bank_experts(experts, part, self._choice)
         layer.tasks = frozenset(self._tasks)
-        self._note_shapes(path.rpartition(".")[0])
+        around = path.rpartition(".")[0]  # the module that contains the experts
+        if around not in self._noting:
+            self._noting.add(around)
+            choice = self._choice
+            note_shapes(self.model.get_submodule(around), lambda: choice.get(None))
         replace_module(self.model, path, experts)
         return layer
-
-    def _note_shapes(self, around: str) -> None:
-        """Let the chosen tasks see the input shape of the module named ``around``, which contains experts."""
-        if around in self._noting:
-            return
-        self._noting.add(around)
-        choice = self._choice
-        note_shapes(self.model.get_submodule(around), lambda: choice.get(None))
 
     def _combine(
         self, tasks: tuple[str, ...], name: str | None, symbol: str, join: Callable[..., Tensor], *, whole_wins: bool

@@ -101,16 +101,6 @@ def beside(experts: Any) -> nn.Module:
     return made
 
 
-def unmasked_experts(experts: Any) -> nn.Module:
-    """Return an unmasked copy of experts that shares its tensors. Quantised projections stay as they are."""
-    plain: Any = beside(experts)
-    for name in list(plain._projections):
-        layer = plain._modules[name]
-        if "weight" in layer._parameters:
-            unmask_experts(plain, name, layer.weight, layer.bias)
-    return plain
-
-
 @contextlib.contextmanager
 def watching_experts(model: nn.Module, watch: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Call watch(name, rows, offsets) in this context for the rows (T, K) that reach a projection, masked or not."""

@@ -95,19 +95,13 @@ def _ranged(names: list[str]) -> str:
 
 @torch.no_grad()
 def _overlap(module: MaskedLayer, mask: Tensor) -> float:
+    """Return the share of the dropped weights that an equally large magnitude mask drops too."""
+    dropped = both = 0
     weight = module.weight
-    pairs = zip(weight, mask) if weight.dim() == 3 else [(weight, mask)]  # each expert selects by itself
-    counts = [_dropped_by_both(each, of_each) for each, of_each in pairs]
-    dropped, both = (sum(count) for count in zip(*counts))
+    for each, keep in zip(weight, mask) if weight.dim() == 3 else [(weight, mask)]:  # each expert selects by itself
+        if count := int((~keep).sum()):
+            # The count-th smallest magnitude; ties with it count as dropped by the magnitude mask.
+            magnitudes = each.float().abs()
+            cut = magnitudes.flatten().kthvalue(count).values
+            dropped, both = dropped + count, both + int((~keep & (magnitudes <= cut)).sum())
     return both / dropped if dropped else 1.0
-
-
-def _dropped_by_both(weight: Tensor, mask: Tensor) -> tuple[int, int]:
-    """Return how many weights the mask drops, and how many of them an equally large magnitude mask drops too."""
-    dropped = int((~mask).sum())
-    if dropped == 0:
-        return 0, 0
-    # The dropped-th smallest magnitude; ties with it count as dropped by the magnitude mask.
-    magnitudes = weight.float().abs()
-    cut = magnitudes.flatten().kthvalue(dropped).values
-    return dropped, int((~mask & (magnitudes <= cut)).sum())

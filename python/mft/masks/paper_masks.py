@@ -9,7 +9,6 @@ import pickletools
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +60,11 @@ def read_paper_masks(path: Path) -> dict[str, Tensor]:
         size = f"of {len(content)} entries" if hasattr(content, "__len__") else ""
         raise ValueError(f"{path}: expected a dictionary of masks, got {type(content).__name__} {size}")
     for name, mask in content.items():
-        _check_matrix(path, name, mask)
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{path}: expected modules' names as keys, got {name!r}")
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask.numel():
+            shape = f" of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
+            raise ValueError(f"{path}: {name} must be a dense matrix (N, K), got {type(mask).__name__}{shape}")
     needed, stored = sum(mask.nbytes for mask in content.values()), path.stat().st_size
     if needed > stored:
         raise ValueError(
@@ -100,14 +103,6 @@ def _check_pickle(path: Path) -> None:
     for opcode, named, _ in pickletools.genops(content):
         if opcode.name == "GLOBAL" and named not in _NAMED:
             raise ValueError(f"{str(named).replace(' ', '.')!r}, which no dictionary of dense masks needs")
-
-
-def _check_matrix(path: Path, name: Any, mask: Any) -> None:
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{path}: expected modules' names as keys, got {name!r}")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask.numel():
-        shape = f" of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
-        raise ValueError(f"{path}: {name} must be a dense matrix (N, K), got {type(mask).__name__}{shape}")
 
 
 def _mask(path: Path, name: str, mask: Tensor) -> Tensor:

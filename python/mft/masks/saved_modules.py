@@ -5,7 +5,6 @@ itself is trained, and so is any module whose weights are tied to it.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +65,8 @@ def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def check_saved_tensors(model: nn.Module, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless model has modules of these names whose tensors have exactly these names and shapes."""
-    missing = [name for name in names if not isinstance(_find(model, name), nn.Module)]
+    there = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    missing = [name for name in names if name not in there]
     if missing:
         raise ValueError(
             f"model must have the modules that were saved with the masks, {type(model).__name__} has no {missing[0]}: "
@@ -98,10 +98,3 @@ def put_saved_tensors(model: nn.Module, names: Iterable[str], tensors: Mapping[s
 
 def _state(modules: Mapping[str, nn.Module]) -> Iterable[tuple[str, Tensor]]:
     return ((f"{name}.{key}", tensor) for name in modules for key, tensor in modules[name].state_dict().items())
-
-
-def _find(model: nn.Module, name: str) -> Any:
-    found: Any = model
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found

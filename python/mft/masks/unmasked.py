@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from mft.masks.convert import masked_modules
-from mft.masks.experts import MaskedExperts, unmasked_experts
+from mft.masks.experts import MaskedExperts, beside, unmask_experts
 from mft.masks.gradient_checkpointing import remove_checkpointing_hooks
 from mft.masks.in_place.others_memory import lend_weights
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedGroupedLinear, QuantizedMaskedLinear
@@ -49,7 +49,7 @@ def unmasked_model(model: nn.Module) -> nn.Module:
             "model before dispatch_model"
         )
     shared: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    shared |= {id(m): _unmask_experts(m) for m in model.modules() if isinstance(m, MaskedExperts)}
+    shared |= {id(m): _unmasked_experts(m) for m in model.modules() if isinstance(m, MaskedExperts)}
     for module in masked.values():
         if isinstance(module, QuantizedMaskedLinear):
             shared[id(module)] = QuantizedLinear(module.quantized, module.bias)
@@ -62,10 +62,14 @@ def unmasked_model(model: nn.Module) -> nn.Module:
     return made.eval()
 
 
-def _unmask_experts(experts: MaskedExperts) -> nn.Module:
-    plain: Any = unmasked_experts(experts)
-    for name, layer in plain._modules.items():
-        if isinstance(layer, QuantizedMaskedGroupedLinear):
+def _unmasked_experts(experts: MaskedExperts) -> nn.Module:
+    """Return an unmasked copy of experts that shares its tensors. Quantised projections stay quantised."""
+    plain: Any = beside(experts)
+    for name in list(plain._projections):
+        layer = plain._modules[name]
+        if "weight" in layer._parameters:
+            unmask_experts(plain, name, layer.weight, layer.bias)
+        elif isinstance(layer, QuantizedMaskedGroupedLinear):
             plain._modules[name] = QuantizedGroupedLinear(
                 layer.quantized, layer.experts, layer.bias, transposed=layer.transposed
             )

@@ -293,7 +293,9 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
         settings = transformers.AutoConfig.from_pretrained(gguf.parent, **options)
         outline = outline_of(settings, dtype)
     check_parameters(outline, gguf.stat().st_size, str(gguf))
-    with refusing(refusal), quiet_progress(), _bar_on_a_terminal():
+    # Only a terminal shows transformers' bar for a GGUF file: it obeys no setting, and would fill a log file.
+    shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    with refusing(refusal), quiet_progress(), redirect_stderr(shown):
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             gguf.parent, config=settings, dtype=getattr(torch, dtype), output_loading_info=True, **dense, **options
@@ -383,13 +385,3 @@ def _forget_gguf(model: Any) -> None:
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False
-
-
-@contextmanager
-def _bar_on_a_terminal() -> Iterator[None]:
-    """Show transformers' bar for a GGUF file on a terminal only: it obeys no setting, and would fill a log file."""
-    if sys.stderr.isatty():
-        yield
-        return
-    with redirect_stderr(io.StringIO()):
-        yield

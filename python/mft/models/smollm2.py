@@ -54,24 +54,9 @@ def _download(directory: Path, root: Path) -> Path:
     )
     terminal = sys.stderr.isatty()
     command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-        "--dest",
-        str(directory),
-        "--no-input",
-        "--disable-pip-version-check",
-        "--progress-bar",
-        "on" if terminal else "off",
-        "--retries",
-        "2",
-        "--timeout",
-        "15",
-        REQUIREMENT,
+        *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(directory)),
+        *("--no-input", "--disable-pip-version-check", "--progress-bar", "on" if terminal else "off"),
+        *("--retries", "2", "--timeout", "15", REQUIREMENT),
     ]
     # pip's bar goes to its stdout, which must not be ours: a verb may print JSON there.
     shown = sys.stderr if terminal else subprocess.DEVNULL

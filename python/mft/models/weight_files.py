@@ -199,10 +199,9 @@ def quiet_progress() -> Iterator[None]:
 
 def _files_by_key(directory: Path) -> dict[str, Path]:
     """Return the file of each key, as from_pretrained finds them."""
-    if (directory / WEIGHTS).is_file():
-        with safe_open(directory / WEIGHTS, framework="pt") as file:
-            return dict.fromkeys(file.keys(), directory / WEIGHTS)
-    names = sorted(set(read_object(directory / INDEX, MOST_INDEX)["weight_map"].values()))
+    names = [WEIGHTS]
+    if not (directory / WEIGHTS).is_file():
+        names = sorted(set(read_object(directory / INDEX, MOST_INDEX)["weight_map"].values()))
     found: dict[str, Path] = {}
     for name in names:
         with safe_open(directory / name, framework="pt") as file:
