@@ -9,7 +9,7 @@ from mft.data.batches import MicroBatch, take_rows
 from mft.models.causal_lm import FEW, split_at_head
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.longrope import by_own_length, inputs_of
-from mft.models.packed_rows import keeping_apart
+from mft.models.packed_rows import keep_apart
 
 
 class RememberedTeacher:
@@ -23,7 +23,7 @@ class RememberedTeacher:
         few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(self._device)
         self._run, self.head = split_at_head(model, few)
         self._known = PrefixMemory()
-        with keeping_apart(model, dataset, few, batch_size):
+        with keep_apart(model, dataset, few, batch_size):
             for start in range(0, len(dataset), batch_size):
                 batch = take_rows(dataset, list(range(start, min(start + batch_size, len(dataset)))))
                 for row, state in zip(batch.rows, self._made(batch)):

@@ -19,7 +19,7 @@ from mft.masks.quantize import coded_shapes
 from mft.models.causal_lm import FEW, decoder_layers, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.longrope import inputs_of
-from mft.models.packed_rows import keeping_apart
+from mft.models.packed_rows import keep_apart
 from mft.models.pretrained import load_model
 from mft.quantizers import quantizer
 from mft_study.arms.arm import Arm
@@ -179,10 +179,10 @@ def _remembered(
     found, device = PrefixMemory(), next(model.parameters()).device
     few = take_rows(dataset, [0]).input_ids[:1, :FEW].to(device)
     prefix = FrozenPrefix(model, first, memory, split_at_head(model, few)[0])
-    with keeping_apart(model, dataset, few, batch_size):
+    with keep_apart(model, dataset, few, batch_size):
         for start in range(0, len(dataset), batch_size):
             batch = take_rows(dataset, list(range(start, min(start + batch_size, len(dataset)))))
             ids, positions = inputs_of(batch, model, device)
-            for row, state in zip(batch.rows, prefix.up_to(depth, ids, batch.rows, positions)):
+            for row, state in zip(batch.rows, prefix.run_layers(depth, ids, batch.rows, positions)):
                 found.remember(row, state)
     return found

@@ -7,7 +7,7 @@ import json
 from mft.config import DataConfig, TrainConfig
 from mft.data.formats import read_example
 from mft.data.mixing import mix_order
-from mft.data.sources import of_source, open_source
+from mft.data.sources import open_source
 
 
 def write(path, text):

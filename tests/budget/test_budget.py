@@ -11,7 +11,7 @@ from tiny_ways import EXACT, WAYS
 from mft.config import MaskConfig, TrainConfig
 from mft.engines.in_place_adamw import in_place
 from mft.masks.budget import Budget, budget_of, grow_budget
-from mft.masks.convert import keeping_all, mask_model, masked_modules, merge_model
+from mft.masks.convert import keep_all_weights, mask_model, masked_modules, merge_model
 from mft.masks.export import save_masks
 from mft.training.loop import train_masks
 from mft_kernels import MaskedGroupedLinear, float_from_fixed
@@ -177,7 +177,7 @@ def test_saved_scores_select_in_a_new_model_what_they_did(plain):
 
 def test_a_model_without_its_masks_has_them_again_afterwards(plain):
     before = masks_of(plain[0])
-    with keeping_all(plain[0]):
+    with keep_all_weights(plain[0]):
         assert masks_of(plain[0]).all()
     assert torch.equal(masks_of(plain[0]), before)
 

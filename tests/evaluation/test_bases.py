@@ -8,7 +8,7 @@ import pytest
 from tiny import make_rows, masked_llama
 
 from mft.evaluation.evaluate import evaluate
-from mft.masks.convert import keeping_all, masked_modules
+from mft.masks.convert import keep_all_weights, masked_modules
 from mft.masks.export_format import read_export
 from mft.masks.quantize import quantize_model
 
@@ -94,7 +94,7 @@ def test_keeping_all_is_the_model_without_masks_and_ends(mask):
     for each in (model, expected):
         quantize_model(each, masked=True)
     before = evaluate(model, rows).loss
-    with keeping_all(model):
+    with keep_all_weights(model):
         assert evaluate(model, rows).loss == evaluate(expected, rows).loss != before
     assert evaluate(model, rows).loss == before
     assert {module.threshold for module in masked_modules(model).values()} == {mask.get("threshold")}

@@ -3,7 +3,7 @@
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from mft.files.hub import HubError, asking_hub, split_hub_id
+from mft.files.hub import HubError, split_hub_id, translate_hub_errors
 
 
 def test_a_name_is_an_owner_and_a_name_perhaps_with_a_revision():
@@ -25,16 +25,16 @@ def test_a_name_is_an_owner_and_a_name_perhaps_with_a_revision():
 )
 def test_what_breaks_off_is_told_as_such(error):
     message = "connection to the hub for 'user/a' at revision 'v1' broke off"
-    with pytest.raises(HubError, match=message), asking_hub("user/a", "v1"):
+    with pytest.raises(HubError, match=message), translate_hub_errors("user/a", "v1"):
         raise error
 
 
 def test_an_error_of_the_disk_stays_one():
-    with pytest.raises(OSError, match="No space left") as caught, asking_hub("user/a"):
+    with pytest.raises(OSError, match="No space left") as caught, translate_hub_errors("user/a"):
         raise OSError(28, "No space left on device")
     assert not isinstance(caught.value, HubError)
 
 
 def test_what_the_client_wrapped_is_what_is_told():
-    with pytest.raises(HubError, match="broke off .OfflineModeIsEnabled: down"), asking_hub("user/a"):
+    with pytest.raises(HubError, match="broke off .OfflineModeIsEnabled: down"), translate_hub_errors("user/a"):
         raise LocalEntryNotFoundError("not in the cache") from OfflineModeIsEnabled("down")

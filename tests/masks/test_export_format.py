@@ -211,7 +211,7 @@ from mft.publishing.kinds import read_contents
 READ = """
 path = Path({!r})
 read_export(path)
-read_contents(path).with_base("user/name")
+read_contents(path).use_base("user/name")
 with contextlib.redirect_stdout(None):
     run_verify(str(path), None, None, base=False)
 run_inspect(str(path), None, None, force=False)

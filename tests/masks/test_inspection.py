@@ -8,9 +8,9 @@ from torch import nn
 from mft.config import TrainConfig
 from mft.masks.inspection import (
     MaskStatistics,
-    by_kind,
-    combined,
+    combine_statistics,
     flip_share,
+    group_by_kind,
     initial_masks,
     kept_weights,
     mask_statistics,
@@ -57,19 +57,19 @@ def test_layers_that_differ_in_their_numbers_alone_are_one_row():
     names = ["layers.0.up", "layers.0.experts.0.down", "layers.0.experts.1.down", "layers.1.up", "layers.3.up"]
     rows = [MaskStatistics(name, 10, 0.9, 0.1, 0.5) for name in names]
     kinds = [("layers.0-1,3.up", 30), ("layers.0.experts.0-1.down", 20)]
-    assert [(row.name, row.weights) for row in by_kind(rows)] == kinds
+    assert [(row.name, row.weights) for row in group_by_kind(rows)] == kinds
 
 
 def test_rows_together_are_what_one_layer_of_all_their_weights_would_be():
     """Overlap is a share of the dropped weights: 10 of 100 weights, and 20 of 40."""
     rows = [MaskStatistics("a", 100, 0.9, 0.2, 0.4), MaskStatistics("b", 40, 0.5, 0.05, 1.0)]
-    total = combined(rows, "total")
+    total = combine_statistics(rows, "total")
     assert (total.name, total.weights) == ("total", 140)
     assert (total.kept, total.flips) == (pytest.approx(110 / 140), pytest.approx(22 / 140))
     assert total.overlap == pytest.approx((4 + 20) / 30)
     rows[0].flips = None
-    assert combined(rows, "total").flips is None
-    assert combined([MaskStatistics("all kept", 5, 1.0, 0.0, 1.0)], "total").overlap == 1
+    assert combine_statistics(rows, "total").flips is None
+    assert combine_statistics([MaskStatistics("all kept", 5, 1.0, 0.0, 1.0)], "total").overlap == 1
 
 
 def test_kept_weights_count_bits_without_the_padding():

@@ -14,7 +14,7 @@ from mft.config import TrainConfig
 from mft.data.batches import take_rows
 from mft.engines.mode import MODES
 from mft.evaluation.evaluate import evaluate
-from mft.masks.convert import keeping_all
+from mft.masks.convert import keep_all_weights
 from mft.objectives.distillation import Distillation
 from mft.objectives.dpo import DPO
 from mft.objectives.kl import KL
@@ -151,7 +151,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, make, way):
 def test_evaluation_measures_what_the_objective_is(way):
     rows, model = make_pairs(), make_masked(way)
     batch = take_rows(rows, [0, 1, 2, 3])
-    with torch.no_grad(), keeping_all(model):
+    with torch.no_grad(), keep_all_weights(model):
         base = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
     with torch.no_grad():
         logits = model(batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits

@@ -9,7 +9,7 @@ from whole_logits import WAYS, Widths, assert_same, by_hand, make_masked, step
 from mft.config import OBJECTIVES, MaskConfig, TrainConfig
 from mft.data.batches import take_rows
 from mft.masks.base_pass import as_base
-from mft.masks.convert import keeping_all, mask_model, masked_modules
+from mft.masks.convert import keep_all_weights, mask_model, masked_modules
 from mft.objectives.cross_entropy import CrossEntropy
 from mft.objectives.log_prob_objective import LogProbObjective, log_probs_of
 from mft.objectives.objective import Objective
@@ -135,7 +135,7 @@ def test_a_batch_that_scores_nothing_gives_a_loss_and_no_gradient(objective):
 def test_the_base_is_computed_without_looking_at_scores():
     for way in ("plain", "quantized"):
         model, tokens = make_masked(way), torch.arange(10).unsqueeze(0)
-        with torch.no_grad(), keeping_all(model):
+        with torch.no_grad(), keep_all_weights(model):
             kept = model(tokens).logits
         with torch.no_grad():
             for module in masked_modules(model).values():

@@ -10,7 +10,7 @@ import mft.engines.mode
 from mft.config import MaskConfig, TrainConfig
 from mft.engines.mode import place
 from mft.engines.offload import Mover
-from mft.masks.convert import keeping_all, mask_model, masked_modules
+from mft.masks.convert import keep_all_weights, mask_model, masked_modules
 from mft.masks.quantize import quantize_model
 
 WAYS = ["plain", "in_place", "resident", "quantized", "layerwise"]
@@ -61,7 +61,7 @@ def by_hand(model, batches, count, loss_of):
     for batch in batches:
         given = {"input_ids": batch.input_ids, "use_cache": False}
         given |= {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        with torch.no_grad(), keeping_all(model):
+        with torch.no_grad(), keep_all_weights(model):
             base = model(**given).logits
         total = loss_of(model(**given).logits, base, batch)
         (total / count).backward()

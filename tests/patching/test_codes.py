@@ -26,7 +26,7 @@ def stored(kind, seed=0):
 @pytest.mark.parametrize("kind", CODES)
 def test_dropped_weights_decode_to_0_and_others_keep_their_bits(kind):
     data, elements = stored(kind)
-    before, cleared = decoded(data, kind), CODES[kind].cleared(data, elements)
+    before, cleared = decoded(data, kind), CODES[kind].clear(data, elements)
     after = decoded(cleared, kind)
     kept = np.ones(before.size, bool)
     kept[elements] = False
@@ -39,9 +39,9 @@ def test_dropped_weights_decode_to_0_and_others_keep_their_bits(kind):
 def test_clearing_twice_changes_nothing_more_and_the_given_bytes_stay(kind):
     data, elements = stored(kind)
     given = data.copy()
-    once = CODES[kind].cleared(data, elements)
+    once = CODES[kind].clear(data, elements)
     assert np.array_equal(data, given)
-    assert np.array_equal(CODES[kind].cleared(once, elements), once)
+    assert np.array_equal(CODES[kind].clear(once, elements), once)
 
 
 @pytest.mark.parametrize("kind", CODES)
@@ -57,22 +57,22 @@ def test_a_scale_that_is_no_number_is_refused_where_a_weight_is_dropped(kind, sc
     start = code.size + code.scale  # of the second block
     data[start : start + 2] = np.array([scale], np.float16).view(np.uint8)
     with pytest.raises(ValueError, match="block 1 that is infinite or NaN"):
-        code.cleared(data, np.array([0, code.values]))
-    code.cleared(data, np.array([0, 2 * code.values]))
+        code.clear(data, np.array([0, code.values]))
+    code.clear(data, np.array([0, 2 * code.values]))
 
 
 def test_an_exponent_of_mxfp4_that_is_nan_is_refused():
     data, _ = stored("MXFP4")
     data[0] = 255
     with pytest.raises(ValueError, match="block 0 that is infinite or NaN"):
-        CODES["MXFP4"].cleared(data, np.array([3]))
+        CODES["MXFP4"].clear(data, np.array([3]))
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 def test_a_number_that_is_nan_becomes_0(kind):
     data, _ = stored(kind)
     data[:] = 255
-    assert decoded(CODES[kind].cleared(data, np.array([0])), kind)[0] == 0
+    assert decoded(CODES[kind].clear(data, np.array([0])), kind)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from mft.engines.distributed import Processes
 from mft.engines.mode import place
 from mft.engines.sharded.score_rows import ScoreRows
 from mft.importance.scores import drawn, init_from_data
-from mft.masks.convert import keeping_all, mask_model, masked_modules
+from mft.masks.convert import keep_all_weights, mask_model, masked_modules
 from mft.masks.export import base_hash
 from mft.models.causal_lm import split_at_head
 from mft.models.pretrained import load_model, load_unread
@@ -75,7 +75,7 @@ def compared(rank, folder, case):
     found["number gathered"] = len(gathered)
     found["hashes"] = len({base_hash(whole), base_hash(unread)})
     found["masked logits"] = (logits(unread) - head(run(whole, ids))).abs().max().item()
-    with keeping_all(unread):
+    with keep_all_weights(unread):
         found["dropped"] = sum(
             int((~unpack_mask(kept, rows.rows[name].shape)).sum()) for name, kept in rows.masks().items()
         )

@@ -14,7 +14,7 @@ from mft.evaluation.exchanges import Exchange, find_answers
 from mft.evaluation.lm_eval_tasks import load_tasks, score_tasks, task_table, write_scores
 from mft.evaluation.table import answer_table, evaluation_tables, figure_lines
 from mft.masks.bank import load_mask_bank
-from mft.masks.convert import keeping_all
+from mft.masks.convert import keep_all_weights
 from mft.masks.export import load_masks
 from mft.masks.export_format import read_export
 from mft.masks.quantize import quantize_model
@@ -135,7 +135,7 @@ class _Stages:
             load_masks(model, directory, force=force)
         if self._kind is not None:
             quantize_model(model.requires_grad_(False), self._kind, masked=self._quantize_masked)
-            with keeping_all(model):
+            with keep_all_weights(model):
                 yield self._base
         if self._masks:
             yield "with masks"

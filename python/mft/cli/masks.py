@@ -20,11 +20,11 @@ from mft.masks.export import load_masks, recode_masks, save_masks
 from mft.masks.export_format import MASK_FILE, MaskExport, read_description, read_export
 from mft.masks.inspection import (
     MaskStatistics,
-    by_kind,
-    combined,
+    combine_statistics,
+    describe_size,
+    group_by_kind,
     initial_masks,
     mask_statistics,
-    size_line,
 )
 from mft.masks.location import masks_directory
 from mft.masks.paper_masks import import_paper_masks, write_paper_masks
@@ -81,8 +81,10 @@ def run_inspect(masks: str, model_name: str | None, dtype: str | None, *, force:
         if mask_config.threshold is not None:  # then all scores begin at it or above
             initial = {name: torch.ones_like(mask) for name, mask in initial_masks(model).items()}
     rows = mask_statistics(model, initial)
-    console.print(_mask_table(rows if every_row else by_kind(rows), combined(rows, f"total of {len(rows)}")))
-    if not every_row and len(by_kind(rows)) < len(rows):
+    console.print(
+        _mask_table(rows if every_row else group_by_kind(rows), combine_statistics(rows, f"total of {len(rows)}"))
+    )
+    if not every_row and len(group_by_kind(rows)) < len(rows):
         say("--all shows a row per masked layer")
     if initial is None:
         say(f"flips are unknown: {why}")
@@ -99,7 +101,7 @@ def run_recode(masks: str, output: Path, coding: str, model_name: str | None, dt
     path = recode_masks(directory, output, coding=coding, model=model)
     export = read_description(path)
     weights = sum(math.prod(entry.shape) for entry in export.modules)
-    size = size_line((path / MASK_FILE).stat().st_size, weights, export.modules_to_save)
+    size = describe_size((path / MASK_FILE).stat().st_size, weights, export.modules_to_save)
     say(f"{coding}: {size}, after {before} bytes; content hash {export.content_hash} stays; {path}")
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from mft.files.mask_coding import BY_NAME
 from mft.masks.export import base_hash, read_learned
 from mft.masks.export_format import CONFIG_FILE, MASK_FILE, UNVERIFIED, MaskExport, read_export
-from mft.masks.inspection import size_line
+from mft.masks.inspection import describe_size
 from mft.masks.location import MASKS, local_directory
 from mft.tracking.console import say
 from mft.training.checkpoint import FACTS, MANIFEST, verify_checkpoint
@@ -80,7 +80,7 @@ def _verified_export(path: Path) -> Verified:
     if _takes_weights(export):
         hashed = "masks are not checked without the base"
     layers = f"{len(export.modules)} masked layers, {100 * kept / weights:.2f} % of {weights} weights kept"
-    size = size_line((path / MASK_FILE).stat().st_size, weights, export.modules_to_save)
+    size = describe_size((path / MASK_FILE).stat().st_size, weights, export.modules_to_save)
     return Verified(path, "masks", f"{layers}; {export.coding}, {size}; {hashed}", export)
 
 

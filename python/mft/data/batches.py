@@ -91,7 +91,7 @@ def make_batch(
     return MicroBatch(rows, input_ids, labels, documents, positions, list(sources))
 
 
-def without_trailing_padding(batch: MicroBatch) -> MicroBatch:
+def trim_padding(batch: MicroBatch) -> MicroBatch:
     """Cut rows shortly after the last label of any row. The part that is cut does not change any scored token."""
     scored = (batch.labels != -100).any(0).nonzero()
     end = -(-(int(scored.max()) + 1) // _WIDTHS) * _WIDTHS if len(scored) else _WIDTHS

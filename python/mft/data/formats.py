@@ -129,14 +129,14 @@ def read_pair(row: dict[str, Any], place: str) -> tuple[Chat | Completion, Chat 
     return _completion(one, place), _completion(other, place)
 
 
-def without_filling(value: Any, *, inside: bool = False) -> Any:
+def drop_filling(value: Any, *, inside: bool = False) -> Any:
     """Drop the null keys in tools and tool_calls that Arrow adds, since all objects of its columns have equal keys."""
     if isinstance(value, list):
-        return [without_filling(item, inside=inside) for item in value]
+        return [drop_filling(item, inside=inside) for item in value]
     if not isinstance(value, dict):
         return value
     items = ((key, item) for key, item in value.items() if item is not None or not inside)
-    return {key: without_filling(item, inside=inside or key in ("tools", "tool_calls")) for key, item in items}
+    return {key: drop_filling(item, inside=inside or key in ("tools", "tool_calls")) for key, item in items}
 
 
 def read_string(row: dict[str, Any], column: str, place: str) -> str:

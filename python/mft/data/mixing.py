@@ -12,7 +12,7 @@ from typing import Any
 
 from mft.config import DataConfig
 from mft.data.packing import Rows
-from mft.data.sources import SPLITS, Source, of_source
+from mft.data.sources import SPLITS, Source, name_source
 from mft.data.split_rows import build_splits, pad_of
 
 _MOST_REPEATS = 100  # of all rows, on average; more than this means a mistaken weight
@@ -71,7 +71,7 @@ def build_mix(
     whole = sum(given.weight for given in sources.values())
     parts, notes = {}, []
     for name, part in source.parts.items():
-        with of_source(name):
+        with name_source(name):
             share = sources[name].weight / whole
             built, said = build_splits(config.of_source(name), tokenizer, part, share, pairs=pairs)
         parts[name] = built

@@ -23,7 +23,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from mft.data.formats import CONTENT_COLUMNS, FORMS, PREFERENCE, content_of, without_filling
+from mft.data.formats import CONTENT_COLUMNS, FORMS, PREFERENCE, content_of, drop_filling
 from mft.data.growth import bytes_of_line, check_growth
 from mft.files.arrow_file import map_arrow
 from mft.files.cache import sha256_of
@@ -347,7 +347,7 @@ def _parquet_records(path: Path, start: Any, kept: bool) -> Iterator[Read]:
     """start: [row group, number of earlier rows in it]."""
     for (group, inside), number, batch, names in _parquet_batches(path, _FEW, tuple(start or (0, 0)), kept=kept):
         for j, row in enumerate(batch.to_pylist()):
-            yield select_content(without_filling(row)), names, number + j, [group, inside + j + 1]
+            yield select_content(drop_filling(row)), names, number + j, [group, inside + j + 1]
 
 
 def _read_parquet(path: Path) -> _File:
@@ -374,7 +374,7 @@ def _arrow_records(path: Path, start: Any, kept: bool) -> Iterator[Read]:
             rows = content.slice(first, _FEW)
             rows.validate(full=True)
             for j, row in enumerate(rows.to_pylist(), first):
-                yield select_content(without_filling(row)), names, j, j + 1
+                yield select_content(drop_filling(row)), names, j, j + 1
 
 
 def _read_arrow(path: Path) -> _File:

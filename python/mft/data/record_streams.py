@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from mft.data.formats import without_filling
+from mft.data.formats import drop_filling
 from mft.data.record_files import Records, columns_to_read, place_in, read_records, select_content
 
 
@@ -73,7 +73,7 @@ class _HubReader:
         for row in self._dataset:
             self.columns.update(dict.fromkeys(row))
             self._number += 1
-            yield without_filling(select_content(row)), f"{self._name}, row {self._number - 1}"
+            yield drop_filling(select_content(row)), f"{self._name}, row {self._number - 1}"
 
 
 class _RecordsReader:
@@ -86,7 +86,7 @@ class _RecordsReader:
         while self.position < len(self._records.rows):
             row = self._records.rows[self.position]
             self.position += 1
-            yield without_filling(row) if of_arrow else row, self._records.place(self.position - 1)
+            yield drop_filling(row) if of_arrow else row, self._records.place(self.position - 1)
 
 
 # Reads on from the position where it was opened. position: after the record that it returned last. columns: all that it

@@ -17,7 +17,7 @@ _LIST = Path(__file__).with_name("reserve.txt")
 _DIGITS = 32
 
 
-def reserved(texts: Sequence[str]) -> frozenset[int]:
+def find_reserved(texts: Sequence[str]) -> frozenset[int]:
     """Return the indices of the texts that are in the reserve."""
     known, digests = _hashes(), (hashlib.sha256(text.encode("utf-8")).hexdigest() for text in texts)
     return frozenset(number for number, digest in enumerate(digests) if digest[:_DIGITS] in known)

@@ -18,7 +18,7 @@ from mft.data.formats import CONTENT_COLUMNS, FORMS, content_of, find_form
 from mft.data.problems import PROBLEM_SUBSETS, describe_problems, fingerprint_of, make_problems
 from mft.data.record_files import ARRAY, FILE_TYPES, TYPES, Records, find_splits, hash_splits, read_files, type_of
 from mft.data.record_streams import RecordStream, stream_files, stream_hub, stream_records
-from mft.data.reserve import RESERVE, RESERVED_SOURCE, reserved
+from mft.data.reserve import RESERVE, RESERVED_SOURCE, find_reserved
 from mft.files.cache import sha256_of
 from mft.files.hub import hub_is_reachable
 
@@ -87,14 +87,14 @@ def open_source(config: DataConfig) -> Source:
         return _open(config)
     parts = {}
     for name in config.sources:
-        with of_source(name):
+        with name_source(name):
             parts[name] = _open(config.of_source(name))
     fingerprints = json.dumps([[name, part.fingerprint] for name, part in parts.items()])
     return Source(hashlib.sha256(fingerprints.encode()).hexdigest(), dict, parts=parts)
 
 
 @contextmanager
-def of_source(name: str) -> Iterator[None]:
+def name_source(name: str) -> Iterator[None]:
     """Make errors name the source in data.sources; "" means that there is only one source."""
     try:
         yield
@@ -135,7 +135,7 @@ def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: s
     rows, paths = [{"text": text} for text in sources.values()], list(sources)
     everything = Records(rows, paths.__getitem__, ["text"], range(len(rows)))
     splits = _split_off(everything, dict.fromkeys(SPLITS[1:], HELD_OUT_SHARE))
-    part, held = "", reserved(list(sources.values())) if config.source == RESERVED_SOURCE else frozenset()
+    part, held = "", find_reserved(list(sources.values())) if config.source == RESERVED_SOURCE else frozenset()
     left_out = dict.fromkeys(SPLITS[1:], held)
     if config.subset == RESERVE:
         splits["test"], left_out["test"] = everything.select(sorted(held)), frozenset()

@@ -21,7 +21,7 @@ from mft.data.mixing import Taken, describe_mix, next_source, pool
 from mft.data.packing import Rows, build_rows
 from mft.data.record_files import Records
 from mft.data.record_streams import Reader, RecordStream
-from mft.data.sources import SPLITS, Source, content_key, form_of, of_source
+from mft.data.sources import SPLITS, Source, content_key, form_of, name_source
 from mft.data.split_rows import describe_rows, pad_of, row_budget, warn_of_few
 from mft.data.tokenization import open_documents
 
@@ -85,7 +85,7 @@ class StreamedRows:
         self._number, self._now = state["row"], list(state["now"])
         self._taken = {name: Taken(**taken) for name, taken in state["taken"].items()}
         for name, source in self._sources.items():
-            with of_source(name):
+            with name_source(name):
                 source.restore(state["sources"][name])
 
     def describe(self) -> list[str]:
@@ -102,7 +102,7 @@ class StreamedRows:
         while True:
             number = next_source(weights, self._now)
             source = self._sources[names[number]]
-            with of_source(names[number]):
+            with name_source(names[number]):
                 row = source.next_row()
             if row is not None:
                 self._now[number] += 1
@@ -275,7 +275,7 @@ def open_streamed(
     streams, held_out, notes = {}, {}, []
     for name, part in parts.items():
         own = config.of_source(name) if name else config
-        with of_source(name):
+        with name_source(name):
             opened = _open(name, own, tokenizer, part, weights[name] / sum(weights.values()))
         streams[name], held_out[name], said = opened
         notes += [f"{name}: {note}" if name else note for note in said]

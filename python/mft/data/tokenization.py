@@ -13,7 +13,7 @@ import datasets
 import jinja2
 import numpy
 
-from mft.data.formats import FORMS, PREFERENCE, Chat, Completion, read_example, read_pair, read_string, without_filling
+from mft.data.formats import FORMS, PREFERENCE, Chat, Completion, drop_filling, read_example, read_pair, read_string
 from mft.data.sources import Records, form_of
 
 IGNORED = -100
@@ -74,7 +74,7 @@ def open_documents(records: Records, tokenizer: Any, *, assistant_only: bool, pa
     def encode(rows: Sequence[dict[str, Any]], place: Callable[[int], str]) -> list[Encoded]:
         examples = []
         for j, row in enumerate(rows):
-            row = without_filling(row) if of_arrow else row
+            row = drop_filling(row) if of_arrow else row
             if pairs:
                 both = [encoded(example, place(j)) for example in read_pair(row, place(j))]
                 examples.append(_pair(*both))

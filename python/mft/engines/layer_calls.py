@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.models.causal_lm import Run, decoder_layers, replaced_forwards
+from mft.models.causal_lm import Run, decoder_layers, replace_forwards
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # one layer's arguments besides the hidden states, unnamed and named
 
@@ -67,7 +67,7 @@ class LayerCalls:
             calls.append((args, kwargs))
             return self._returned(hidden)
 
-        with self._embedding_anywhere(), replaced_forwards(self.layers, lambda layer: note):
+        with self._embedding_anywhere(), replace_forwards(self.layers, lambda layer: note):
             self._run(self.model, input_ids, position_ids)
         return entered[0], calls
 
@@ -80,7 +80,7 @@ class LayerCalls:
     def leave(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
         """Return the input of the head for the output of the last layer; differentiable in hidden."""
         returned = self._returned(hidden)
-        with self._embedding_anywhere(), replaced_forwards(self.layers, lambda layer: lambda *args, **kwargs: returned):
+        with self._embedding_anywhere(), replace_forwards(self.layers, lambda layer: lambda *args, **kwargs: returned):
             return self._run(self.model, input_ids)
 
     def _embedding_anywhere(self) -> AbstractContextManager[None]:
@@ -91,7 +91,7 @@ class LayerCalls:
             rows = look_up(input_ids.to(next(self.embedding.parameters()).device))
             return rows if self.device is None else rows.to(self.device)
 
-        return replaced_forwards([self.embedding], lambda embedding: forward)
+        return replace_forwards([self.embedding], lambda embedding: forward)
 
     def _returned(self, hidden: Tensor) -> Tensor | tuple[Tensor]:
         return (hidden,) if self._returns_tuple else hidden

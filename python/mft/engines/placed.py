@@ -16,7 +16,7 @@ from mft.masks.surrogate import Surrogate
 from mft.memory.ways import WAYS, Way
 from mft.models.causal_lm import FEW, input_device
 from mft.models.frozen_layers import PrefixMemory
-from mft.models.packed_rows import keeping_apart
+from mft.models.packed_rows import keep_apart
 from mft.models.pretrained import load_model
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
@@ -114,7 +114,7 @@ class Placed:
     def reading(self, dataset, batch_size: int) -> Iterator[Reader]:
         """Yield what runs the model over rows of dataset, batch_size at a time; it is ready for packed rows too."""
         sample = take_rows(dataset, [0]).input_ids[:, :FEW].to(input_device(self.model))
-        with keeping_apart(self.model, dataset, sample, batch_size), contextlib.ExitStack() as stack:
+        with keep_apart(self.model, dataset, sample, batch_size), contextlib.ExitStack() as stack:
             reader: Reader | None = self.runner
             if reader is None:
                 reader = self.read(sample)

@@ -17,7 +17,7 @@ from mft.config import TrainConfig
 from mft.engines.distributed import ALONE, Processes
 from mft.engines.offload import Mover
 from mft.engines.step import States
-from mft.masks.budget import Budget, naming_layer
+from mft.masks.budget import Budget, name_layer
 from mft.masks.surrogate import Surrogate
 from mft.models.codes.weight import QuantizedWeight
 from mft.number_formats import MOMENT_FORMATS, unless_auto
@@ -217,7 +217,7 @@ class ScoreStates(States):
         if self.budget is None:
             return
         self._mover.finish()
-        with naming_layer([mask.module for mask in self._masks]):
+        with name_layer([mask.module for mask in self._masks]):
             threshold = self.budget.threshold(self._scores_on_device)
         for mask, scores in zip(self._masks, self._scores_on_device()):
             mask.module.threshold = threshold

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mft.checks import check_rule
-from mft.data.batches import MicroBatch, count_labels, take_rows, without_trailing_padding
+from mft.data.batches import MicroBatch, count_labels, take_rows, trim_padding
 from mft.engines.distributed import ALONE
 from mft.engines.mode import place
 from mft.engines.placed import Placed
@@ -105,7 +105,7 @@ def evaluate(
     own = groups[processes.rank :: processes.count]
     taken = (take_rows(dataset, list(rows)) for _, rows in own)
     # The cached output of a row has the length of the whole row.
-    batches = taken if placed.first and placed.memory is not None else map(without_trailing_padding, taken)
+    batches = taken if placed.first and placed.memory is not None else map(trim_padding, taken)
     found: list[_Found] = []
     try:
         with (

@@ -14,7 +14,7 @@ from mft.models.causal_lm import FEW, decoder_layers, evaluating, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
 from mft.models.longrope import inputs_of
 from mft.models.next_tokens import check_next_tokens
-from mft.models.packed_rows import keeping_apart
+from mft.models.packed_rows import keep_apart
 from mft.objectives.chunks import chunks_of, few_rows, scored_states
 from mft.objectives.kl import divergence
 from mft_kernels import outdate
@@ -53,7 +53,7 @@ def kl_divergence(
     with contextlib.ExitStack() as stack:
         for one in (model, start):
             stack.enter_context(evaluating(one))
-            stack.enter_context(keeping_apart(one, dataset, sample, batch_size))
+            stack.enter_context(keep_apart(one, dataset, sample, batch_size))
         (run, head), (run_start, head_start) = split_at_head(model, sample), split_at_head(start, sample)
         deepest = (first, memory) if whole is None else (len(decoder_layers(model)), whole)
         prefix, prefix_start = FrozenPrefix(model, *deepest, run), FrozenPrefix(start, first, memory, run_start)

@@ -8,7 +8,7 @@ from mft.config import MaskConfig
 from mft.engines.mode import place
 from mft.engines.placed import Placed
 from mft.evaluation.evaluate import evaluate
-from mft.masks.convert import keeping_all, masked_modules
+from mft.masks.convert import keep_all_weights, masked_modules
 
 ROWS = 4  # very cheap compared with a validation
 # Nats per token; 10 % in perplexity. On SmolLM2-135M, magnitude masks begin within 0.01 nats per token of the unmasked
@@ -24,7 +24,7 @@ def mask_cost_warning(model: nn.Module | Placed, config: MaskConfig, dataset, ba
     """
     rows, placed = dataset.select(range(min(ROWS, len(dataset)))), place(model)
     masked = evaluate(placed, rows, batch_size=batch_size).loss
-    with keeping_all(placed.model):
+    with keep_all_weights(placed.model):
         unmasked = evaluate(placed, rows, batch_size=batch_size).loss
     if not masked > unmasked + WELL_ABOVE:  # if the loss is NaN, the first step reports it
         return None

@@ -84,7 +84,7 @@ def split_hub_id(text: str) -> tuple[str, str | None] | None:
 
 
 @contextmanager
-def asking_hub(repository: str, revision: str | None = None, *, writing: bool = False) -> Iterator[None]:
+def translate_hub_errors(repository: str, revision: str | None = None, *, writing: bool = False) -> Iterator[None]:
     """Turn the client's errors into one that names repository, revision and remedy. Raises: HubError, NotOnHub."""
     try:
         yield

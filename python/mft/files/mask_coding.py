@@ -81,7 +81,7 @@ class _Rice(MaskCoding):
         try:
             self._check_length(stored[0], *_matrix(shape))
         except ValueError as error:
-            raise damaged(key, error) from None
+            raise damage_error(key, error) from None
 
     def most_bytes(self, shape: Shape) -> int:
         return rice.most_bytes(*_matrix(shape))
@@ -115,17 +115,17 @@ class _ByWeight(_Rice):
 BY_NAME: dict[str, MaskCoding] = {"packed": _Packed(), "rice": _Rice(), "by_weight": _ByWeight()}  # config.CODINGS
 
 
-def of_version(version: int) -> list[str]:
+def codings_of(version: int) -> list[str]:
     """Return the codings that an export of this format_version may name. A version without the key has only packed."""
     return [name for name, coding in BY_NAME.items() if coding.version == max(version, BY_NAME["packed"].version)]
 
 
 def packed_mask(pieces: Iterable[Words], shape: Shape) -> Tensor:
     """Return the packed mask of a weight of this shape whose flattened words come in pieces."""
-    return torch.from_numpy(rice.joined(pieces, *_matrix(shape)).view(np.int32)).view(_packed_shape(shape))
+    return torch.from_numpy(rice.join_pieces(pieces, *_matrix(shape)).view(np.int32)).view(_packed_shape(shape))
 
 
-def damaged(key: str, error: ValueError) -> ValueError:
+def damage_error(key: str, error: ValueError) -> ValueError:
     """Return an error that says what is wrong with a stream, and where."""
     return ValueError(f"{key}: {error}: damaged; copy the export again")
 

@@ -66,7 +66,7 @@ def decode(stream: Bytes, rows: int, columns: int, blocks: Sequence[int] | None 
 
     Raises: ValueError if no matrix of this shape has this stream.
     """
-    return joined(decoded_blocks(stream, rows, columns, blocks), rows, columns)
+    return join_pieces(decoded_blocks(stream, rows, columns, blocks), rows, columns)
 
 
 def decoded_blocks(stream: Bytes, rows: int, columns: int, blocks: Sequence[int] | None = None) -> Iterator[Words]:
@@ -78,7 +78,7 @@ def decoded_blocks(stream: Bytes, rows: int, columns: int, blocks: Sequence[int]
     return _decoded_blocks(stream, rows, columns, blocks)
 
 
-def joined(pieces: Iterable[Words], rows: int, columns: int) -> Words:
+def join_pieces(pieces: Iterable[Words], rows: int, columns: int) -> Words:
     """Return the matrix whose flattened words come in pieces."""
     flat, place = np.empty(rows * -(-columns // 32), "<u4"), 0
     for piece in pieces:

@@ -24,14 +24,14 @@ from mft.checks import check_one_of, check_rule
 from mft.config import IMPORTANCE_METHODS
 from mft.data.batches import MicroBatch, count_labels, take_rows
 from mft.engines.placed import Placed
-from mft.masks.convert import keeping_all, masked_modules
-from mft.masks.experts import watching_experts
+from mft.masks.convert import keep_all_weights, masked_modules
+from mft.masks.experts import watch_experts
 from mft.models.causal_lm import FEW, evaluating, run_decoder, split_at_head
 from mft.models.experts import expert_projections, flags
 from mft.models.frozen_layers import FrozenPrefix
 from mft.models.linears import Candidate, find_targets
 from mft.models.longrope import inputs_of
-from mft.models.packed_rows import keeping_apart
+from mft.models.packed_rows import keep_apart
 from mft.models.token_loss import backward_token_loss
 
 SIGNED = ("gradient", "fisher")  # importance may be negative
@@ -66,10 +66,10 @@ def importance(
     modules = linear_modules(model, names)
     batches = list(_calibration(dataset, rows, batch_size, seed)) if method in _BY_DATA else []
     found: dict[str, Tensor] = {}
-    with keeping_all(model), evaluating(model), contextlib.ExitStack() as stack:
+    with keep_all_weights(model), evaluating(model), contextlib.ExitStack() as stack:
         if batches:
             sample = batches[0].input_ids[:1, :FEW].to(next(model.parameters()).device)
-            stack.enter_context(keeping_apart(model, dataset, sample, batch_size))
+            stack.enter_context(keep_apart(model, dataset, sample, batch_size))
         if method == "wanda":
             norms = _input_norms(model, modules, batches, lambda batch: _read(model, batch))
             found = {name: matrix_of(module).abs().float() * norms.pop(name) for name, module in modules.items()}
@@ -98,7 +98,7 @@ def input_norms(
 ) -> dict[str, Tensor]:
     """Return the norms ||x_j||_2 of each layer's input, for wanda: fp32 (K,), or (E, 1, K). Args: see importance."""
     model, batches = placed.model, list(_calibration(dataset, rows, batch_size, seed))
-    with keeping_all(model), evaluating(model), placed.reading(dataset, batch_size) as reader:
+    with keep_all_weights(model), evaluating(model), placed.reading(dataset, batch_size) as reader:
         if reader.model is not model:  # a copy has its own modules, but reports experts under the model's names
             copied = reader.model.get_submodule
             modules = {name: m if m.weight.dim() == 3 else copied(name) for name, m in modules.items()}
@@ -172,7 +172,7 @@ def _input_norms(
                 )
             hooks.callback(around.register_forward_pre_hook(leave_out_padding).remove)
         if experts:
-            hooks.enter_context(watching_experts(model, add_squares_of_experts))
+            hooks.enter_context(watch_experts(model, add_squares_of_experts))
         for batch in batches:
             real = _not_padding(batch.labels).flatten()
             run(batch)

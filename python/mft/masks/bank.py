@@ -25,7 +25,7 @@ from mft.checks import nearest
 from mft.masks.banked_experts import bank_experts, note_shapes
 from mft.masks.banked_linear import BankedLayer, BankedLinear, Choice, OneTask, TaskPerRow
 from mft.masks.convert import as_linear, check_unmasked, check_unwrapped, replace_module, split_attentions
-from mft.masks.experts import beside
+from mft.masks.experts import share_experts
 from mft.masks.export import read_learned
 from mft.masks.export_format import check_masks_alone, read_description
 from mft.masks.location import masks_directory
@@ -196,7 +196,7 @@ class MaskBank:
             layer.tasks = frozenset(self._tasks)
             replace_module(self.model, name, layer)
             return layer
-        experts = beside(parent)
+        experts = share_experts(parent)
         layer = bank_experts(experts, part, self._choice)
         layer.tasks = frozenset(self._tasks)
         around = path.rpartition(".")[0]  # the module that contains the experts

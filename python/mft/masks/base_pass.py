@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mft.masks.in_place.model import masks_in_place
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear
-from mft.models.causal_lm import replaced_forwards
+from mft.models.causal_lm import replace_forwards
 from mft.models.experts import unmasked_product
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear
 
@@ -17,7 +17,7 @@ from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear
 def as_base(*modules: nn.Module) -> Iterator[None]:
     """Make the masked layers in these modules compute with their whole weight, whatever their scores or masks are.
 
-    For passes without gradients. The result equals convert.keeping_all up to the order of sums. The scores are not
+    For passes without gradients. The result equals convert.keep_all_weights up to the order of sums. The scores are not
     read, so the selected mask, which is cached until the scores change, stays cached. If a model's masks are in place
     (pass the model itself), its weights are whole in this context.
     """
@@ -25,7 +25,7 @@ def as_base(*modules: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as lifted:
         for found in filter(None, map(masks_in_place, modules)):
             lifted.enter_context(found.lifted())
-        with replaced_forwards(masked, _whole):
+        with replace_forwards(masked, _whole):
             yield
 
 

@@ -71,14 +71,14 @@ class Budget:
 
     def select(self, masked: Sequence[MaskedLayer]) -> None:
         """Give all layers the threshold that their scores share now. Raises: NonFiniteScores, which names the layer."""
-        with naming_layer(masked):
+        with name_layer(masked):
             threshold = self.threshold(lambda: (module.scores for module in masked))
         for module in masked:
             module.move_threshold(threshold)
 
 
 @contextlib.contextmanager
-def naming_layer(masked: Iterable[MaskedLayer]) -> Iterator[None]:
+def name_layer(masked: Iterable[MaskedLayer]) -> Iterator[None]:
     """Let a NonFiniteScores error that is raised in this context name the layer."""
     try:
         yield

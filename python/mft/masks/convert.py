@@ -108,7 +108,7 @@ def masked_modules(model: nn.Module) -> dict[str, MaskedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLayer)}
 
 
-def without_masks(model: nn.Module, purpose: str, remedy: str, under_peft: str) -> ValueError:
+def no_masks_error(model: nn.Module, purpose: str, remedy: str, under_peft: str) -> ValueError:
     """Return the error for a model without masked layers. under_peft: the remedy if PEFT has masks on it."""
     adapters = getattr(model, "peft_config", None)
     kinds = [getattr(config, "peft_type", None) for config in adapters.values()] if isinstance(adapters, dict) else []
@@ -150,7 +150,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def keeping_all(model: nn.Module) -> Iterator[None]:
+def keep_all_weights(model: nn.Module) -> Iterator[None]:
     """Make masked layers keep every weight in this context: the unmasked model without a second copy."""
     masked = masked_modules(model).values()
     before = [(module.threshold, module.keep_ratio) for module in masked]
@@ -197,7 +197,7 @@ def mergeable_modules(model: nn.Module) -> dict[str, MaskedLayer]:
     """Return masked_modules(model). Raises ValueError if it is empty or weights are quantised, and NonFiniteScores."""
     masked = masked_modules(model)
     if not masked:
-        raise without_masks(model, "merge", "mask_model or load_masks first", "call model.merge_and_unload()")
+        raise no_masks_error(model, "merge", "mask_model or load_masks first", "call model.merge_and_unload()")
     quantized = quantized_weights(model)
     if quantized:
         raise ValueError(

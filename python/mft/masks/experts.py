@@ -94,7 +94,7 @@ def restore_layout(experts: Any, saved: Layout) -> None:
     experts.__class__ = kind
 
 
-def beside(experts: Any) -> nn.Module:
+def share_experts(experts: Any) -> nn.Module:
     """Return a copy of experts, masked or not, that shares its tensors. A mask on one does not affect the other."""
     made = copy.copy(experts)
     made.__dict__ = experts.__dict__ | layout(experts)[1]
@@ -102,7 +102,7 @@ def beside(experts: Any) -> nn.Module:
 
 
 @contextlib.contextmanager
-def watching_experts(model: nn.Module, watch: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+def watch_experts(model: nn.Module, watch: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
     """Call watch(name, rows, offsets) in this context for the rows (T, K) that reach a projection, masked or not."""
     watched: list[tuple[Any, bool]] = []
     for path, module in model.named_modules():

@@ -25,8 +25,8 @@ from mft.masks.convert import (
     check_unwrapped,
     convert,
     masked_modules,
+    no_masks_error,
     set_scores,
-    without_masks,
 )
 from mft.masks.export_format import (
     CONFIG_FILE,
@@ -92,7 +92,7 @@ def save_masks(
     with as_masked(model):
         masked = masked_modules(model)
         if not masked:
-            raise not_to_save(model)
+            raise nothing_to_save_error(model)
         _check_replaceable(target)
         if base_model_name_or_path is None:
             base_model_name_or_path = getattr(getattr(model, "config", None), "_name_or_path", None) or None
@@ -127,10 +127,10 @@ def recode_masks(
     _check_replaceable(target)
     inner = None if model is None else uncompiled(model)
     weights = None if inner is None else partial(_exact_weight, inner)
-    return _write(target, *recoded(masks_directory(source), coding, inner), weights)
+    return _write(target, *recode_export(masks_directory(source), coding, inner), weights)
 
 
-def recoded(
+def recode_export(
     directory: Path, coding: str, model: nn.Module | None = None
 ) -> tuple[MaskExport, dict[str, Tensor], dict[str, Tensor]]:
     """Return an export's description with the new coding, its masks and its saved tensors, for export_files."""
@@ -285,10 +285,10 @@ def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
             )
 
 
-def not_to_save(model: nn.Module) -> ValueError:
+def nothing_to_save_error(model: nn.Module) -> ValueError:
     """Return the error for a model without masked layers, from which no masks can be saved."""
     under_peft = "save mft.to_masked_model(model), which takes this model apart; model.save_pretrained keeps the scores"
-    return without_masks(model, "save", "mask_model it first", under_peft)
+    return no_masks_error(model, "save", "mask_model it first", under_peft)
 
 
 def keep_base_hash(model: nn.Module) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 from mft.config import CODINGS, QUANTIZATIONS
 from mft.config import CONFIG as RUN_CONFIG
 from mft.files.json_file import check_keys, expect, is_list_of, is_number, read_object, short
-from mft.files.mask_coding import BY_NAME, damaged, of_version, packed_mask
+from mft.files.mask_coding import BY_NAME, codings_of, damage_error, packed_mask
 from mft.files.rice import Words
 from mft.files.safetensors_file import MOST_HEADER, open_tensors
 from mft.files.weights_hash import dtype_name
@@ -289,7 +289,7 @@ def read_config(path: Path) -> MaskExport:
     optional = [field.name for field in fields if field.default is not dataclasses.MISSING]
     if version > _UNHASHED_VERSION:
         optional = [*_IF_ANY]
-    if CODINGS[0] in of_version(version):
+    if CODINGS[0] in codings_of(version):
         known.remove("coding")
     check_keys(path, values, [*known, *_FIXED, "format_version"], optional=optional)
     modules = values["modules"]
@@ -332,7 +332,7 @@ def _check_fields(path: Path, export: MaskExport, version: int) -> None:
     system = export.system_prompt
     readable = system is None or (isinstance(system, str) and system == system.encode(errors="ignore").decode())
     expect(path, "system_prompt", system, readable, "Unicode text or null")
-    coded = of_version(version)
+    coded = codings_of(version)
     expect(path, "coding", export.coding, export.coding in coded, " or ".join(coded))
     kind, masked = export.base_quantization, export.quantize_masked
     expect(path, "base_quantization", kind, kind in (*QUANTIZATIONS, None), f"{' or '.join(QUANTIZATIONS)}, or null")
@@ -433,7 +433,7 @@ def _read_words(
             place += len(words)
             yield words
     except ValueError as error:
-        raise damaged(f"{path}: {key}", error) from None
+        raise damage_error(f"{path}: {key}", error) from None
     if kept != entry.kept:
         raise ValueError(
             f"{path}: {key} must keep {entry.kept} weights as {CONFIG_FILE} says, got {kept}: {_COPY_BOTH}"

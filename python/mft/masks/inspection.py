@@ -37,7 +37,7 @@ def mask_statistics(model: nn.Module, initial: dict[str, Tensor] | None = None) 
     return rows
 
 
-def combined(rows: Sequence[MaskStatistics], name: str) -> MaskStatistics:
+def combine_statistics(rows: Sequence[MaskStatistics], name: str) -> MaskStatistics:
     """Return the statistics of several rows as if they were one layer."""
     weights = sum(row.weights for row in rows)
     dropped = [row.weights * (1 - row.kept) for row in rows]
@@ -51,13 +51,13 @@ def combined(rows: Sequence[MaskStatistics], name: str) -> MaskStatistics:
     )
 
 
-def by_kind(rows: Iterable[MaskStatistics]) -> list[MaskStatistics]:
+def group_by_kind(rows: Iterable[MaskStatistics]) -> list[MaskStatistics]:
     """Return one row for all layers whose names differ only in their numbers: model.layers.0-2,7.mlp.up_proj."""
     groups: dict[tuple[str, ...], list[MaskStatistics]] = {}
     for row in rows:
         kind = tuple("" if part.isdecimal() else part for part in row.name.split("."))
         groups.setdefault(kind, []).append(row)
-    return [combined(alike, _ranged([row.name for row in alike])) for alike in groups.values()]
+    return [combine_statistics(alike, _ranged([row.name for row in alike])) for alike in groups.values()]
 
 
 def flip_share(model: nn.Module, initial: dict[str, Tensor]) -> float:
@@ -80,7 +80,7 @@ def count_bits(words: Tensor) -> Tensor:
     return counts.sum(dtype=torch.int64)
 
 
-def size_line(size: int, weights: int, modules_to_save: list[str] | None = None) -> str:
+def describe_size(size: int, weights: int, modules_to_save: list[str] | None = None) -> str:
     """Describe a mask file of ``size`` bytes: its bits per weight, or the modules saved in it."""
     if modules_to_save:
         return f"{size} bytes, with {', '.join(modules_to_save)}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
 from mft.checks import nearest_path
-from mft.files.hub import COMMIT, NotOnHub, asking_hub, hub_is_reachable, split_hub_id, unreachable
+from mft.files.hub import COMMIT, NotOnHub, hub_is_reachable, split_hub_id, translate_hub_errors, unreachable
 from mft.masks.export_format import CONFIG_FILE, MASK_FILE, MOST_CONFIG, most_bytes, read_config
 
 MASKS = "masks"  # in the directory of a run
@@ -47,7 +47,7 @@ def local_directory(place: str | os.PathLike, revision: str | None = None) -> Pa
     if revision is not None and after_at is not None:
         raise ValueError(f"revision must be given once, got {revision!r} and {str(place)!r}: leave one out")
     try:
-        return fetched_masks(repository, after_at if revision is None else revision)
+        return fetch_masks(repository, after_at if revision is None else revision)
     except NotOnHub as error:
         path = Path(place)
         raise NotOnHub(
@@ -56,7 +56,7 @@ def local_directory(place: str | os.PathLike, revision: str | None = None) -> Pa
         ) from error
 
 
-def fetched_masks(
+def fetch_masks(
     repository: str,
     revision: str | None = None,
     *,
@@ -75,19 +75,19 @@ def fetched_masks(
     if local_files_only or not hub_is_reachable():
         reason = "local_files_only is True" if local_files_only else unreachable()
         return _cached(api, repository, revision, cache, reason)
-    with asking_hub(repository, revision):
+    with translate_hub_errors(repository, revision):
         commit = api.resolve_revision(repository, revision=revision, cache_dir=cache).resolved
     if there := _in_cache(repository, commit, cache):
         return there
-    with asking_hub(repository, revision):
+    with translate_hub_errors(repository, revision):
         found = api.get_paths_info(repository, [CONFIG_FILE, MASK_FILE], revision=commit)
         sizes = {file.path: file.size for file in found if hasattr(file, "size")}
     _check_sizes(repository, sizes, {CONFIG_FILE: MOST_CONFIG, MASK_FILE: None})
-    with asking_hub(repository, revision):
+    with translate_hub_errors(repository, revision):
         path = Path(hf_hub_download(repository, CONFIG_FILE, revision=commit, token=token, cache_dir=cache))
     export = read_config(path)  # before the mask file, which may be large, is fetched
     _check_sizes(repository, sizes, {MASK_FILE: most_bytes(export)})
-    with asking_hub(repository, revision):
+    with translate_hub_errors(repository, revision):
         hf_hub_download(repository, MASK_FILE, revision=commit, token=token, cache_dir=cache)
     return path.parent
 
@@ -95,7 +95,7 @@ def fetched_masks(
 def _cached(api: HfApi, repository: str, revision: str | None, cache: str | None, reason: str) -> Path:
     """Return the cached export of a repository, for use when the Hub cannot be reached."""
     try:
-        with asking_hub(repository, revision):
+        with translate_hub_errors(repository, revision):
             commit = api.resolve_revision(
                 repository, revision=revision, cache_dir=cache, local_files_only=True
             ).resolved

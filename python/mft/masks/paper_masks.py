@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mft.files.atomic import atomic_file
 from mft.files.regular_file import open_regular
 from mft.masks.convert import masked_modules
-from mft.masks.export import not_to_save, put_masks
+from mft.masks.export import nothing_to_save_error, put_masks
 from mft.masks.saved_modules import saved_modules
 from mft_kernels import pack_mask
 
@@ -78,7 +78,7 @@ def write_paper_masks(model: nn.Module, path: Path) -> None:
     """Write a masked model's masks as the paper's code does, in the weights' dtype. The write is atomic."""
     masked = masked_modules(model)
     if not masked:
-        raise not_to_save(model)
+        raise nothing_to_save_error(model)
     whole = saved_modules(model)
     if whole:
         raise ValueError(

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from mft.checks import check_rule, nearest
 from mft.config import MaskConfig
 from mft.config_file import complete_saved_mask
-from mft.files.hub import HubError, asking_hub, split_hub_id
+from mft.files.hub import HubError, split_hub_id, translate_hub_errors
 from mft.masks.banked_experts import note_shapes
 from mft.masks.banked_linear import TaskPerRow
 from mft.masks.budget import Budget, SharedThreshold, budget_of, magnitude_scores, make_budget
 from mft.masks.convert import check_drawn, convert, masked_modules, pack_attentions, split_attentions
 from mft.masks.export import loaded_config, read_learned, scores_of_keep, scores_of_mask
 from mft.masks.export_format import CONFIG_FILE, PEFT_TYPE, check_masks_alone, is_export, read_export
-from mft.masks.location import fetched_masks
+from mft.masks.location import fetch_masks
 from mft.masks.peft_layers.combination import check_combination, combine
 from mft.masks.surrogate import make_surrogate
 from mft.masks.targets import select_targets
@@ -243,7 +243,7 @@ class MaskModel(BaseTuner):
             wanted = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in wanted if name in layer.mft_scores and name not in layer.merged_adapters]
             if names:
-                layer.baked(names, safe_merge)
+                layer.bake(names, safe_merge)
 
     # ---------------------------------------------------------------------------------------- combining
 
@@ -380,11 +380,11 @@ def _export_directory(place: str, subfolder: str | None, options: dict[str, Any]
         return directory if is_export(directory) else None
     where = {name: options[name] for name in _OF_THE_HUB if name in options}
     try:
-        with asking_hub(place, options.get("revision")):
+        with translate_hub_errors(place, options.get("revision")):
             found = hf_hub_download(place, CONFIG_FILE, **where)
     except HubError:  # PEFT reports it in its own words
         return None
-    return fetched_masks(place, **where) if is_export(Path(found).parent) else None
+    return fetch_masks(place, **where) if is_export(Path(found).parent) else None
 
 
 def _scores_of_export(model: Any, config: PeftConfig) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from mft.checks import nearest
 from mft.config import MaskConfig
 from mft.masks.saved_modules import is_inside, select_saved_modules
-from mft.models.linears import Candidate, check_maskable, find_candidates, layer_stacks, listed, outer_lists
+from mft.models.linears import Candidate, check_maskable, find_candidates, layer_stacks, list_some, outer_lists
 
 ALL_LINEAR = "all-linear"
 # Path components and class names that mean attention or an MLP: fc1 and fc2 in OPT's layer, intermediate and output in
@@ -191,7 +191,7 @@ def _requested_layers(layers: int | list[int] | None, stacks: dict[str, nn.Modul
     if outside or not wanted:
         raise ValueError(
             f"layers_to_transform must lie in 0 to {depth - 1} ({', '.join(stacks)} has {depth} layers), "
-            f"got {listed(map(str, outside)) if outside else 'none'}"
+            f"got {list_some(map(str, outside)) if outside else 'none'}"
         )
     return wanted
 
@@ -236,7 +236,7 @@ def _no_match(
 def _why_nothing(pattern: str, matches: list[Candidate], config: MaskConfig) -> str:
     if all(c.is_head for c in matches):
         return (
-            f"{pattern} matches only the output embedding {listed(c.name for c in matches)}, which is never "
+            f"{pattern} matches only the output embedding {list_some(c.name for c in matches)}, which is never "
             "masked: masks are for attention and MLP, and it often shares its weight with the input embedding"
         )
     matches = [c for c in matches if not c.is_head]
@@ -246,8 +246,8 @@ def _why_nothing(pattern: str, matches: list[Candidate], config: MaskConfig) -> 
         for name in ("layers_to_transform", "exclude_modules", "modules_to_save")
         if (value := getattr(config, name)) is not None
     ]
-    where = f"in layers {listed(map(str, layers))}" if layers else "outside the decoder layers"
-    found = listed(c.name for c in matches)
+    where = f"in layers {list_some(map(str, layers))}" if layers else "outside the decoder layers"
+    found = list_some(c.name for c in matches)
     return f"{pattern} matches {found} {where}, but {' and '.join(filters)} leaves none of them"
 
 
@@ -264,9 +264,9 @@ def _tell_left_out(left: list[Candidate]) -> None:
 def _tell_other_towers(stacks: dict[str, nn.ModuleList], others: list[str]) -> None:
     if others:
         warnings.warn(
-            f"target_modules=None takes the layers of {listed(stacks)}, and leaves out those of {listed(others)}. Name "
-            "their linear layers in target_modules to mask them too, or in exclude_modules to leave them out without "
-            "this warning",
+            f"target_modules=None takes the layers of {list_some(stacks)}, and leaves out those of "
+            f"{list_some(others)}. Name their linear layers in target_modules to mask them too, or in exclude_modules "
+            "to leave them out without this warning",
             stacklevel=1,
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from mft.masks.convert import masked_modules
-from mft.masks.experts import MaskedExperts, beside, unmask_experts
+from mft.masks.experts import MaskedExperts, share_experts, unmask_experts
 from mft.masks.gradient_checkpointing import remove_checkpointing_hooks
 from mft.masks.in_place.others_memory import lend_weights
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedGroupedLinear, QuantizedMaskedLinear
@@ -64,7 +64,7 @@ def unmasked_model(model: nn.Module) -> nn.Module:
 
 def _unmasked_experts(experts: MaskedExperts) -> nn.Module:
     """Return an unmasked copy of experts that shares its tensors. Quantised projections stay quantised."""
-    plain: Any = beside(experts)
+    plain: Any = share_experts(experts)
     for name in list(plain._projections):
         layer = plain._modules[name]
         if "weight" in layer._parameters:

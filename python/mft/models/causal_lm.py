@@ -90,7 +90,7 @@ def first_trainable_layer(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def replaced_forwards(layers: Iterable[nn.Module], forward_for: Callable[[nn.Module], Callable]) -> Iterator[None]:
+def replace_forwards(layers: Iterable[nn.Module], forward_for: Callable[[nn.Module], Callable]) -> Iterator[None]:
     """Replace each layer's forward by forward_for(layer) in this context."""
     before = [(layer, vars(layer).get("forward")) for layer in layers]
     for layer, _ in before:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mft.models.causal_lm import Run, decoder_layers, first_trainable_layer, replaced_forwards, run_decoder
+from mft.models.causal_lm import Run, decoder_layers, first_trainable_layer, replace_forwards, run_decoder
 
 
 @dataclass
@@ -61,7 +61,7 @@ class FrozenPrefix:
     def __call__(self, input_ids: Tensor, rows: list[int], position_ids: Tensor | None = None) -> Tensor:
         """Return hidden states (B, T, D), or whatever run returns, for the rows with these numbers in the data set."""
         if self.memory is None:
-            with replaced_forwards(self._layers[: self.first], lambda layer: torch.no_grad()(layer.forward)):
+            with replace_forwards(self._layers[: self.first], lambda layer: torch.no_grad()(layer.forward)):
                 return self.run(self.model, input_ids, position_ids)
         missing = self.recall(input_ids, rows, position_ids)
         hidden = torch.stack(
@@ -86,7 +86,7 @@ class FrozenPrefix:
             self.memory.remember(row, state)
         return found
 
-    def up_to(self, depth: int, input_ids: Tensor, rows: list[int], position_ids: Tensor | None = None) -> Tensor:
+    def run_layers(self, depth: int, input_ids: Tensor, rows: list[int], position_ids: Tensor | None = None) -> Tensor:
         """Return the output (B, T, D) of the first ``depth`` layers, at least the frozen ones, for these rows."""
         return self._output_of(depth, lambda: self(input_ids, rows, position_ids))
 
@@ -96,7 +96,7 @@ class FrozenPrefix:
         outputs: list = []
         handle = self._layers[depth - 1].register_forward_hook(lambda *call: outputs.append(call[-1]))
         try:
-            with replaced_forwards(self._layers[depth:], lambda layer: _first_argument):
+            with replace_forwards(self._layers[depth:], lambda layer: _first_argument):
                 run()
         finally:
             handle.remove()
@@ -105,7 +105,7 @@ class FrozenPrefix:
     def _run_from(self, input_ids: Tensor, hidden: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Return run's result with hidden (B, T, D) in place of the frozen layers' output."""
         returned = (hidden,) if self._returns_tuple else hidden
-        with replaced_forwards(self._layers[: self.first], lambda layer: lambda *args, **kwargs: returned):
+        with replace_forwards(self._layers[: self.first], lambda layer: lambda *args, **kwargs: returned):
             return self.run(self.model, input_ids, position_ids)
 
     @torch.no_grad()

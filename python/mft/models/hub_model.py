@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from mft.files.hub import asking_hub
+from mft.files.hub import translate_hub_errors
 from mft.files.json_file import read_object
 from mft.models.weight_files import INDEX, MOST_INDEX, WEIGHTS
 
@@ -28,7 +28,7 @@ def fetch_model(repository: str, revision: str | None, *, weights: bool, online:
 
 
 def _fetch(repository: str, revision: str | None, patterns: list[str], *, online: bool) -> Path:
-    with asking_hub(repository, revision):
+    with translate_hub_errors(repository, revision):
         found = snapshot_download(
             repository,
             revision=revision,

@@ -11,7 +11,7 @@ from mft.models.causal_lm import decoder_of
 from mft.models.packed_rows import positions_of
 
 
-def beside_keys_and_values(model: Any) -> list[str]:
+def other_cache_layers(model: Any) -> list[str]:
     """Return the model's kinds of cache layers that cannot be padded, joined and indexed by row. Most models: none."""
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     return sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
@@ -21,7 +21,7 @@ def reads_on(model: Any) -> bool:
     """Return whether read_on supports this model: its attention is transformers' own, and it keeps no other state."""
     takes = "cache" in inspect.signature(decoder_of(model).forward).parameters
     own = getattr(model, "_supports_attention_backend", False)
-    return takes and own and not beside_keys_and_values(model)
+    return takes and own and not other_cache_layers(model)
 
 
 def read_on(model: Any, ids: Tensor, seen: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, DynamicCache]:

@@ -127,7 +127,7 @@ def check_maskable(model: nn.Module, chosen: Iterable[Candidate], *, codes: bool
         others = [n for n in sharers[_memory(candidate.weight)] if n != candidate.weight_name]
         if others:
             raise ValueError(
-                f"cannot mask {candidate.name}: its weight is tied to {listed(others)}, and a mask on one of them "
+                f"cannot mask {candidate.name}: its weight is tied to {list_some(others)}, and a mask on one of them "
                 "would be lost, or spread to the others, when the model is saved. Untie it first "
                 "(module.weight = nn.Parameter(module.weight.clone())), or leave it out with exclude_modules"
             )
@@ -190,7 +190,7 @@ def layer_index(name: str, stacks: dict[str, nn.ModuleList]) -> int | None:
     return None
 
 
-def listed(items: Iterable[str]) -> str:
+def list_some(items: Iterable[str]) -> str:
     """Join the first few items for a message, and say how many more there are."""
     items = list(items)
     rest = len(items) - _SHOWN

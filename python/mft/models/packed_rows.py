@@ -25,7 +25,7 @@ _ROUNDING = 1e-3  # relative to the largest state: room for the same sums in ano
 
 
 @contextlib.contextmanager
-def keeping_apart(model: nn.Module, dataset, few: Tensor, batch_size: int) -> Iterator[None]:
+def keep_apart(model: nn.Module, dataset, few: Tensor, batch_size: int) -> Iterator[None]:
     """Prepare model for rows of dataset in batches of batch_size. If rows are packed: check it, and attend in blocks.
 
     few: some tokens (1, T), T >= 2, on the model's device. Raises: as check_kept_apart. A model whose weights are in
@@ -41,7 +41,7 @@ def keeping_apart(model: nn.Module, dataset, few: Tensor, batch_size: int) -> It
 
 
 def check_apart(model: nn.Module, dataset, few: Tensor, batch_size: int, run: Run = run_decoder) -> None:
-    """Raise ValueError if the model cannot keep the examples of dataset's rows apart; see keeping_apart."""
+    """Raise ValueError if the model cannot keep the examples of dataset's rows apart; see keep_apart."""
     longest, switch = row_length(dataset), switch_length(model)
     if holds_packed_rows(dataset):
         check_kept_apart(model, few, batch_size, longest, run)

@@ -150,7 +150,7 @@ def _reached(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *, we
 @contextmanager
 def _loading(config: ModelConfig, what: str) -> Iterator[None]:
     """Turn transformers' errors into a ValueError that names the model."""
-    with refusing(f"model.name {config.name!r} cannot be loaded as a {what}"), quiet_progress():
+    with refuse_unreadable(f"model.name {config.name!r} cannot be loaded as a {what}"), quiet_progress():
         yield
 
 
@@ -289,13 +289,13 @@ def _dequantised(gguf: Path | None, digest: str, dtype: str) -> Path:
     model: Any
     info: Any
     refusal = f"model.name must be a GGUF file that transformers can read, got {gguf}"
-    with refusing(refusal):
+    with refuse_unreadable(refusal):
         settings = transformers.AutoConfig.from_pretrained(gguf.parent, **options)
         outline = outline_of(settings, dtype)
     check_parameters(outline, gguf.stat().st_size, str(gguf))
     # Only a terminal shows transformers' bar for a GGUF file: it obeys no setting, and would fill a log file.
     shown = sys.stderr if sys.stderr.isatty() else io.StringIO()
-    with refusing(refusal), quiet_progress(), redirect_stderr(shown):
+    with refuse_unreadable(refusal), quiet_progress(), redirect_stderr(shown):
         tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, **options)
         model, info = transformers.AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             gguf.parent, config=settings, dtype=getattr(torch, dtype), output_loading_info=True, **dense, **options
@@ -364,7 +364,7 @@ def _check_files(directory: Path) -> None:
 
 
 @contextmanager
-def refusing(words: str) -> Iterator[None]:
+def refuse_unreadable(words: str) -> Iterator[None]:
     """Turn transformers' errors on a model's files into a ValueError that starts with these words."""
     try:
         yield

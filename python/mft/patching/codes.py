@@ -47,7 +47,7 @@ class Code:
         """Return the fields that together are a weight's code."""
         raise NotImplementedError
 
-    def cleared(self, data: np.ndarray, elements: np.ndarray) -> np.ndarray:
+    def clear(self, data: np.ndarray, elements: np.ndarray) -> np.ndarray:
         """Return a tensor's bytes with exact zeros for these weights (int64, each once); others keep their bits.
 
         Raises: ValueError if a scale is infinite or NaN, because its product with a code of 0 is not zero.

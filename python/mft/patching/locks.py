@@ -26,21 +26,21 @@ def check_new(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def lock_for_reading(path: Path) -> Iterator[None]:
     """Keep other processes from patching the file in place meanwhile. Raises: RuntimeError if one is at it; OSError."""
     with _locked(path, os.O_RDONLY, fcntl.LOCK_SH):
         yield
 
 
 @contextlib.contextmanager
-def changing(path: Path) -> Iterator[None]:
+def lock_for_changing(path: Path) -> Iterator[None]:
     """Keep other patches from reading or changing the file meanwhile. Raises: RuntimeError if one is at it; OSError."""
     with _locked(path, os.O_RDWR, fcntl.LOCK_EX):
         yield
 
 
 @contextlib.contextmanager
-def claiming(path: Path) -> Iterator[BinaryIO]:
+def claim(path: Path) -> Iterator[BinaryIO]:
     """Yield a new file of ours, deleted on failure. Raises: RuntimeError or ValueError if it is taken; OSError."""
     while True:
         with _locked(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, fcntl.LOCK_EX) as descriptor:

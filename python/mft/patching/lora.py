@@ -10,7 +10,7 @@ from gguf.constants import GGMLQuantizationType, GGUFType
 
 from mft.files.atomic import atomic_file
 from mft.files.gguf_file import GgufTensor
-from mft.patching.locks import check_new, reading
+from mft.patching.locks import check_new, lock_for_reading
 from mft.patching.plan import LoadBase, Plan, plan_patch, tensor_values
 
 
@@ -48,7 +48,7 @@ def write_gguf_lora(
     Args: as for patch_gguf; model: the file that the adapter is for, only read.
     Raises: as patch_gguf; ValueError also for experts, because their tensors have three dimensions.
     """
-    with reading(Path(model)):
+    with lock_for_reading(Path(model)):
         return write_adapter(plan_patch(model, masks, load_base=load_base, force=force), output)
 
 

@@ -14,7 +14,7 @@ from transformers.integrations.gguf import is_gguf_arch_supported
 
 from mft.files.gguf_file import MAGIC, GgufHeader
 from mft.models.claims import check_parameters
-from mft.models.pretrained import LOCAL, outline_of, refusing
+from mft.models.pretrained import LOCAL, outline_of, refuse_unreadable
 
 _ALIGNMENT = 32  # GGUF's default
 _TOKENS = "tokenizer.ggml.tokens"
@@ -35,7 +35,7 @@ def gguf_outline(path: Path, header: GgufHeader) -> Any:
     with tempfile.TemporaryDirectory() as directory:
         shadow = Path(directory) / "shadow.gguf"
         shadow.write_bytes(_shadow(path, header))
-        with refusing(f"{path} must be a GGUF file that transformers can read"), _unheard():
+        with refuse_unreadable(f"{path} must be a GGUF file that transformers can read"), _unheard():
             config = transformers.AutoConfig.from_pretrained(directory, gguf_file=shadow.name, **LOCAL)
             outline = outline_of(config, "float32")
     check_parameters(outline, path.stat().st_size, str(path))

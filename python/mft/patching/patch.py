@@ -9,7 +9,7 @@ from gguf.constants import GGMLQuantizationType
 
 from mft.files.atomic import atomic_file, naming, sweep, write_whole
 from mft.patching.codes import CODES, code_of
-from mft.patching.locks import changing, check_new, claiming, reading
+from mft.patching.locks import check_new, claim, lock_for_changing, lock_for_reading
 from mft.patching.plan import LoadBase, Plan, plan_patch
 from mft.patching.rewrite import Rewrite
 from mft.patching.undo_file import read_undo, undo_path
@@ -59,11 +59,11 @@ def patch_gguf(
     """
     path, target = Path(model), Path(output)
     check_new(target)
-    with reading(path):
+    with lock_for_reading(path):
         plan = plan_patch(path, masks, load_base=load_base, force=force)
         widened = _to_widen(plan, widen)
         beside = undo_path(target)
-        with naming(beside), claiming(beside) as undo:
+        with naming(beside), claim(beside) as undo:
             check_new(target)
             sweep(target.parent, lambda name: name == target.name)
             try:
@@ -90,7 +90,7 @@ def patch_gguf_in_place(
     patch.
     """
     path, beside = Path(model), undo_path(model)
-    with changing(path):
+    with lock_for_changing(path):
         if os.path.lexists(beside):
             raise ValueError(
                 f"{path} must not have been patched before, got {beside.name} next to it: undo that patch first "
@@ -113,7 +113,7 @@ def undo_gguf_patch(patched: str | os.PathLike, output: str | os.PathLike) -> Pa
     """
     path, target = Path(patched), Path(output)
     check_new(target)
-    with reading(path):
+    with lock_for_reading(path):
         undo = read_undo(path)
         with atomic_file(target) as scratch, scratch.open("wb") as sink:
             undo.restore(path, sink)
@@ -123,7 +123,7 @@ def undo_gguf_patch(patched: str | os.PathLike, output: str | os.PathLike) -> Pa
 def undo_gguf_patch_in_place(patched: str | os.PathLike) -> Path:
     """Restore the original in the file itself, then delete its undo file. Raises: as undo_gguf_patch."""
     path = Path(patched)
-    with changing(path):
+    with lock_for_changing(path):
         undo = read_undo(path)
         if not undo.is_in_order:
             raise ValueError(

@@ -26,7 +26,7 @@ from mft.masks.export_format import (
 from mft.masks.location import masks_directory
 from mft.patching.layout import Layout
 from mft.patching.outline import gguf_outline
-from mft.patching.threads import made_ahead
+from mft.patching.threads import make_ahead
 
 LoadBase = Callable[[], nn.Module]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -82,10 +82,10 @@ def plan_patch(
 
 def tensor_values(path: Path, tensor: GgufTensor) -> np.ndarray:
     """Return the decoded values of a tensor, float32 in its shape. Raises: ValueError if gguf cannot decode it."""
-    return decoded(path, tensor, np.fromfile(path, np.uint8, tensor.size, offset=tensor.start))
+    return decode_tensor(path, tensor, np.fromfile(path, np.uint8, tensor.size, offset=tensor.start))
 
 
-def decoded(path: Path, tensor: GgufTensor, stored: np.ndarray) -> np.ndarray:
+def decode_tensor(path: Path, tensor: GgufTensor, stored: np.ndarray) -> np.ndarray:
     """Return tensor_values from a tensor's stored bytes. path: for the message."""
     kind = GGMLQuantizationType(tensor.kind)
     try:
@@ -113,7 +113,7 @@ class _Base:
     def judge(self, directory: Path, *, force: bool) -> str:
         """Return a sentence on whether the file is the base. Raises: ValueError if it is not, without force."""
         names = sorted(self.entries)
-        ahead = made_ahead(lambda name: self._of_file(self.entries[name]), names)
+        ahead = make_ahead(lambda name: self._of_file(self.entries[name]), names)
         found = weights_hash(names, lambda _: next(ahead))  # weights_hash asks in sorted order too
         if found == self.export.base_hash:
             return f"{self.path} is the base of the masks: its weights have their hash"

@@ -10,7 +10,7 @@ from gguf.constants import GGMLQuantizationType
 
 from mft.files.gguf_file import GgufHeader, GgufTensor
 from mft.patching.codes import CODES, Code, code_of
-from mft.patching.plan import Plan, decoded
+from mft.patching.plan import Plan, decode_tensor
 from mft.patching.threads import Digest
 from mft.patching.undo_file import Facts, Undo
 
@@ -76,12 +76,12 @@ class Rewrite:
                 self._replace(piece, piece[:0])  # padding: each tensor gets new padding below
             return
         if tensor.name in self._widened:
-            wide = decoded(self.plan.path, tensor, piece).reshape(-1).view(np.uint8)
-            self._replace(piece, self._cleared(_F32, tensor, wide))
+            wide = decode_tensor(self.plan.path, tensor, piece).reshape(-1).view(np.uint8)
+            self._replace(piece, self._clear(_F32, tensor, wide))
         elif tensor.name in self.plan.dropped:
             code = code_of(tensor.kind)
             assert code is not None, "what has no zero is widened"
-            cleared = self._cleared(code, tensor, piece)
+            cleared = self._clear(code, tensor, piece)
             places = np.flatnonzero(cleared != piece)
             self._places.append(tensor.start + places)
             self._old.append(piece[places])
@@ -92,9 +92,9 @@ class Rewrite:
         if self._widened:
             self._emit(np.zeros(-self.bytes_after % self.plan.header.alignment, np.uint8))
 
-    def _cleared(self, code: Code, tensor: GgufTensor, data: np.ndarray) -> np.ndarray:
+    def _clear(self, code: Code, tensor: GgufTensor, data: np.ndarray) -> np.ndarray:
         try:
-            return code.cleared(data, self.plan.dropped[tensor.name])
+            return code.clear(data, self.plan.dropped[tensor.name])
         except ValueError as error:
             raise ValueError(
                 f"{self.plan.path}: {tensor.name} must have finite scales where weights are dropped, got {error}: "

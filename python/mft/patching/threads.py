@@ -34,7 +34,7 @@ class Digest:
             self._pending.result()
 
 
-def made_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
+def make_ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
     """Yield map(make, items). Each result is made while the caller uses the one before it."""
     with ThreadPoolExecutor(1) as pool:
         before: Future | None = None

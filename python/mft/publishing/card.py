@@ -20,7 +20,7 @@ from mft.files.regular_file import read_regular
 from mft.files.yaml_file import dump_yaml, parse_yaml
 from mft.publishing.contents import README, Contents
 from mft.publishing.facts import Facts, Results
-from mft.publishing.markdown import base_in_a_sentence, block, hub_base, short_line, table, text, without_directory
+from mft.publishing.markdown import base_in_a_sentence, block, hide_directory, hub_base, short_line, table, text
 
 _MADE = re.compile(r"\n<!-- made by mft push of what it read, sha256:([0-9a-f]{64}); edited, it is yours -->\n\Z")
 _HEAD = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
@@ -134,12 +134,12 @@ def _training(config: RunConfig) -> list[str]:
     values = config_values(config)
     del values["output_dir"], values["checkpoint_minutes"]  # settings of the machine
     del values["coding"]  # describes the run's files; the published ones may have another
-    values["model"]["name"] = without_directory(config.model.name)
+    values["model"]["name"] = hide_directory(config.model.name)
     paths = [(values["model"], "chat_template"), (values["data"], "source"), (values["objective"], "teacher")]
     paths += [(part, "source") for part in (values["data"]["sources"] or {}).values()]
     for section, key in paths:
         if section[key] is not None:
-            section[key] = without_directory(section[key])
+            section[key] = hide_directory(section[key])
     return ["## Training", block("yaml", [dump_yaml(values).strip()])]
 
 
@@ -147,7 +147,7 @@ def _eval_results(facts: Facts) -> list[EvalResult]:
     after = None if facts.results is None else facts.results.evaluations.get("after")
     if after is None or facts.config is None:
         return []
-    source = short_line(", ".join(without_directory(name) for name in facts.config.data.every_source))
+    source = short_line(", ".join(hide_directory(name) for name in facts.config.data.every_source))
     names = {"loss": "validation loss, nats per token", "accuracy": "validation accuracy of the next token"}
     return [
         EvalResult(

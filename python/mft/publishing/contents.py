@@ -11,7 +11,7 @@ from mft.config import ModelConfig
 from mft.files.json_file import read_object
 from mft.masks.export_format import CONFIG_FILE, MOST_CONFIG
 from mft.publishing.facts import Facts
-from mft.publishing.markdown import LONGEST, base_in_a_sentence, block, without_directory
+from mft.publishing.markdown import LONGEST, base_in_a_sentence, block, hide_directory
 
 README = "README.md"
 OF_THE_HUB = (README, ".gitattributes")  # README has rules of its own, and the hub writes .gitattributes
@@ -64,11 +64,11 @@ class Contents(abc.ABC):
         """Return whether a file of this name in the repository, not in files, is from an older upload of this kind."""
         return False
 
-    def in_coding(self, coding: str) -> tuple["Contents", dict[str, bytes]]:
+    def use_coding(self, coding: str) -> tuple["Contents", dict[str, bytes]]:
         """Return the contents with masks in this coding, and the changed files. Raises: ValueError without masks."""
         raise ValueError(f"coding must be None for {self.kind}, got {coding}")
 
-    def with_base(self, base: str) -> tuple["Contents", dict[str, bytes]]:
+    def use_base(self, base: str) -> tuple["Contents", dict[str, bytes]]:
         """Return the contents with this name for the base, and the changed file that names it, if there is one."""
         facts = dataclasses.replace(self.facts, base_model_name_or_path=base)
         return dataclasses.replace(self, facts=facts), self._naming(base)
@@ -101,5 +101,5 @@ class Contents(abc.ABC):
         given = {"revision": None if config is None else config.revision, "dtype": facts.dtype}
         beside = [f"{key}={json.dumps(v)}" for key, v in given.items() if v not in (None, getattr(ModelConfig(), key))]
         unknown = name is None or len(name) > LONGEST
-        base = json.dumps("path/to/the/base" if unknown else without_directory(str(name)))
+        base = json.dumps("path/to/the/base" if unknown else hide_directory(str(name)))
         return f"mft.ModelConfig({', '.join([base, *beside])})" if beside else base

@@ -74,10 +74,10 @@ def facts_of_export(export: MaskExport) -> Facts:
 def facts_of_masks(directory: Path, export: MaskExport) -> Facts:
     """Return the facts of an export and of its run, if any. Raises: ValueError that names a file of the run."""
     facts, path = facts_of_export(export), config_of_run(directory)
-    return facts if path is None else with_run(facts, path)
+    return facts if path is None else add_run(facts, path)
 
 
-def with_run(facts: Facts, config: Path) -> Facts:
+def add_run(facts: Facts, config: Path) -> Facts:
     """Return the facts with a run's configuration (its CONFIG file) and results. Raises: as facts_of_masks."""
     table = config.with_name(TABLE_JSON)
     results = read_results(table) if table.is_file() else None

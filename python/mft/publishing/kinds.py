@@ -12,7 +12,7 @@ from mft.config_file import load_saved
 from mft.files.json_file import read_object
 from mft.files.mask_coding import BY_NAME
 from mft.files.safetensors_file import open_tensors
-from mft.masks.export import recoded
+from mft.masks.export import recode_export
 from mft.masks.export_format import (
     CONFIG_FILE,
     MASK_FILE,
@@ -25,11 +25,11 @@ from mft.masks.export_format import (
     read_export,
     stored_hash,
 )
-from mft.masks.inspection import size_line
+from mft.masks.inspection import describe_size
 from mft.models.pretrained import MODEL_FILES
 from mft.models.weight_files import INDEX, WEIGHTS
 from mft.publishing.contents import OF_THE_HUB, Contents
-from mft.publishing.facts import MERGED, Facts, facts_of_adapter, facts_of_masks, read_merged, with_run
+from mft.publishing.facts import MERGED, Facts, add_run, facts_of_adapter, facts_of_masks, read_merged
 from mft.publishing.markdown import block, text
 from mft.training.run_directory import CHECKPOINTS, MODEL, result_of
 
@@ -101,12 +101,12 @@ class MaskContents(Contents):
         version = BY_NAME[self.coding].version
         coded = "" if self.coding == CODINGS[0] else f"; entropy-coded, which mft of format {version} reads"
         beside = self.facts.modules_to_save
-        return size_line(self.file_bytes, self.facts.weights, beside and [text(", ".join(beside))]) + coded
+        return describe_size(self.file_bytes, self.facts.weights, beside and [text(", ".join(beside))]) + coded
 
-    def in_coding(self, coding: str) -> tuple[Contents, dict[str, bytes]]:
+    def use_coding(self, coding: str) -> tuple[Contents, dict[str, bytes]]:
         if coding == self.coding:
             return self, {}
-        changed = export_files(*recoded(self.directory, coding))
+        changed = export_files(*recode_export(self.directory, coding))
         return dataclasses.replace(self, coding=coding, file_bytes=len(changed[MASK_FILE])), changed
 
     def _naming(self, base: str) -> dict[str, bytes]:
@@ -171,7 +171,7 @@ class ModelContents(Contents):
         if (directory / MERGED).is_file():
             facts = read_merged(directory / MERGED)
         elif directory.absolute().name == MODEL and (path := directory.absolute().parent / CONFIG).is_file():
-            facts = with_run(Facts(base_model_name_or_path=load_saved(path).model.name), path)
+            facts = add_run(Facts(base_model_name_or_path=load_saved(path).model.name), path)
         else:
             facts = Facts()
         return cls(directory, tuple(name for name in names if name not in OF_THE_HUB), facts)

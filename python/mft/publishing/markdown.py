@@ -30,10 +30,10 @@ def base_in_a_sentence(base: str) -> str:
     found = hub_base(base)
     if base in SHORTHANDS:
         return f"`{base}` ([{found}](https://huggingface.co/{found}), dequantised as mft fetches it)"
-    return _code(without_directory(base)) if found is None else f"[{base}](https://huggingface.co/{base})"
+    return _code(hide_directory(base)) if found is None else f"[{base}](https://huggingface.co/{base})"
 
 
-def without_directory(name: str) -> str:
+def hide_directory(name: str) -> str:
     """Return a name as it is, and of a path only the last part: a machine's directories are private."""
     is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or os.path.exists(name)
     return Path(name).name if is_path and name not in (*SHORTHANDS, *NAMED) else name

@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 
 from mft.checks import check_one_of, check_rule
 from mft.config import CODINGS
-from mft.files.hub import COMMIT, HubError, asking_hub, hub_is_reachable, split_hub_id, unreachable
+from mft.files.hub import COMMIT, HubError, hub_is_reachable, split_hub_id, translate_hub_errors, unreachable
 from mft.files.json_file import short
 from mft.publishing.card import is_made, license_of, model_card, read_card
 from mft.publishing.contents import README, Contents
@@ -75,17 +75,17 @@ def push_to_hub(
     contents = read_contents(Path(directory))
     changed: dict[str, bytes] = {}
     if coding is not None:
-        contents, changed = contents.in_coding(coding)
+        contents, changed = contents.use_coding(coding)
     if base is not None:
-        contents, renamed = contents.with_base(base)
+        contents, renamed = contents.use_base(base)
         changed |= renamed
     notes = _notes(contents)
     card = _card(contents, repository, license, notes)
     if not hub_is_reachable():
         raise HubError(f"repository {repository!r} cannot be pushed to: {unreachable()}")
     api, branch = HfApi(), revision or "main"
-    with asking_hub(repository, revision, writing=True):
-        url, head, there = _opened(api, repository, branch, private=private)
+    with translate_hub_errors(repository, revision, writing=True):
+        url, head, there = _open_branch(api, repository, branch, private=private)
     if others := contents.rivals & there:  # a model and an adapter would be loaded together
         raise ValueError(
             f"repository must be new or hold the same kind of thing, got {repository!r} with {min(others)} for "
@@ -94,7 +94,7 @@ def push_to_hub(
     added = {name: changed.get(name, str(contents.directory / name)) for name in contents.files}
     replaces = README not in there or overwrite_card
     if not replaces:
-        with asking_hub(repository, head):
+        with translate_hub_errors(repository, head):
             present = read_card(Path(hf_hub_download(repository, README, revision=head)))
         replaces = present == card or is_made(present)
     if replaces:
@@ -105,7 +105,7 @@ def push_to_hub(
     operations: list[Any] = [CommitOperationDelete(name) for name in sorted(stale)]
     operations += [CommitOperationAdd(name, content) for name, content in added.items()]
     try:
-        with asking_hub(repository, revision, writing=True):
+        with translate_hub_errors(repository, revision, writing=True):
             # upload_folder makes several commits if hf_xet is installed.
             commit = api.create_commit(
                 repository,
@@ -120,7 +120,7 @@ def push_to_hub(
     return Pushed(url, commit.oid, tuple(notes))
 
 
-def _opened(api: HfApi, repository: str, branch: str, *, private: bool) -> tuple[str, str, set[str]]:
+def _open_branch(api: HfApi, repository: str, branch: str, *, private: bool) -> tuple[str, str, set[str]]:
     """Create the repository and the branch if needed, and return (url, head, names of files) of the branch."""
     url = str(api.create_repo(repository, private=private or None, exist_ok=True))
     if private and not api.model_info(repository).private:

@@ -27,7 +27,7 @@ from mft.masks.surrogate import Surrogate, surrogate_of
 from mft.models.causal_lm import FEW, input_device
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.next_tokens import check_next_tokens
-from mft.models.packed_rows import keeping_apart
+from mft.models.packed_rows import keep_apart
 from mft.models.weight_files import weight_files
 from mft.objectives.objective import Objective
 from mft.training.row_source import RowSource, open_rows
@@ -156,7 +156,7 @@ def _train(placed: Placed, dataset, train: TrainConfig, hooks: Hooks) -> list[St
     reports: list[StepReport] = []
     with (
         seeded(train.seed),
-        keeping_apart(model, dataset, sample, train.batch_size),
+        keep_apart(model, dataset, sample, train.batch_size),
         training_mode(model, checkpointed=train.gradient_checkpointing and not mode.runs_by_layers),
         contextlib.nullcontext() if saver is None else saver.listening(),
     ):

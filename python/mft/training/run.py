@@ -33,7 +33,7 @@ from mft.evaluation.mask_cost import mask_cost_warning
 from mft.files.atomic import NotWritten
 from mft.importance.scores import drawn, init_from_data
 from mft.masks.budget import grow_budget
-from mft.masks.convert import keeping_all, mask_model, print_trainable_parameters
+from mft.masks.convert import keep_all_weights, mask_model, print_trainable_parameters
 from mft.masks.export import base_hash, save_masks
 from mft.masks.inspection import flip_share, initial_masks
 from mft.masks.location import MASKS
@@ -206,7 +206,7 @@ def _mask(outputs: Outputs, placed: Placed, splits: Splits) -> Evaluation | None
     else:
         mask_model(model, drawn(config.mask))
         quantize_model(model, kind, masked=config.model.quantize_masked)
-        with keeping_all(model):
+        with keep_all_weights(model):
             before = outputs.before(f"before in {kind}, validation", placed, splits.validation)
     print_trainable_parameters(model)
     # A checkpoint has the first masks of a whole model; rows of them are found again.

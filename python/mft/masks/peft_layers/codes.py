@@ -58,7 +58,7 @@ class MaskCodes(MaskLinear):
     def _bias_for(self, x: Tensor) -> Tensor | None:
         return None if self.base_layer.bias is None else self.base_layer.bias.to(x.dtype)
 
-    def _drawn(self, parameter: str, config: MaskConfig) -> nn.Parameter:
+    def _draw_scores(self, parameter: str, config: MaskConfig) -> nn.Parameter:
         weight = nn.Parameter(self._weight(parameter), requires_grad=False)
         return masked_layer(linear_on(weight, None), self.module_name, config).scores
 
@@ -73,7 +73,7 @@ class MaskCodes(MaskLinear):
         name = self._active()
         if self.disable_adapters or self.merged or name is None:
             return self._weight(parameter)
-        return self.baked([name], safe_merge=False)[parameter][1]
+        return self.bake([name], safe_merge=False)[parameter][1]
 
     @torch.no_grad()
     def _take_out(self, parameter: str, keep: Tensor, merged: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
             warnings.warn("A mask is added to a merged layer: unmerging it first.", stacklevel=2)
             self.unmerge()
         chosen = self.names if parameters is None else [part for part in self.names if part in parameters]
-        scores = {part: self._drawn(part, config) for part in chosen}
+        scores = {part: self._draw_scores(part, config) for part in chosen}
         copied = next((name for name, other in self.mft_config.items() if other is config), None)
         if adapter_name == TRL_REFERENCE and copied is not None:
             for part, learned in self.scores_of(copied).items():
@@ -133,12 +133,12 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.mft_scores]
         if names:
-            for part, (packed, merged) in self.baked(names, safe_merge).items():
+            for part, (packed, merged) in self.bake(names, safe_merge).items():
                 self._taken_out[part] = packed, self._take_out(part, unpack_mask(packed, merged.shape), merged)
             self.merged_adapters.append(names[0])
 
     @torch.no_grad()
-    def baked(self, names: list[str], safe_merge: bool) -> dict[str, tuple[Tensor, Tensor]]:
+    def bake(self, names: list[str], safe_merge: bool) -> dict[str, tuple[Tensor, Tensor]]:
         """Return what merging this one mask would use, by parameter: the packed mask, and the masked weight."""
         if len(self.merged_adapters + names) != 1:
             raise ValueError(
@@ -165,7 +165,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         name = self._active()
         if self.disable_adapters or self.merged or name is None or parameter not in self.scores_of(name):
             return getattr(self.base_layer, parameter).detach()
-        return self._as_stored(self.baked([name], safe_merge=False)[parameter][1])
+        return self._as_stored(self.bake([name], safe_merge=False)[parameter][1])
 
     @torch.no_grad()
     def active_masks(self) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -189,7 +189,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------------------------------ private
 
     @abstractmethod
-    def _drawn(self, parameter: str, config: MaskConfig) -> nn.Parameter:
+    def _draw_scores(self, parameter: str, config: MaskConfig) -> nn.Parameter:
         """Return the scores that mask_model would draw."""
 
     @abstractmethod
@@ -323,7 +323,7 @@ class MaskLinear(MaskTunerLayer):
     def _compute(self, parameter: str, scores: nn.Parameter, selection: dict[str, Any], x: Tensor) -> Tensor:
         return masked_linear_by_ratio(x, self._weight(parameter), scores, self.bias, **selection)
 
-    def _drawn(self, parameter: str, config: MaskConfig) -> nn.Parameter:
+    def _draw_scores(self, parameter: str, config: MaskConfig) -> nn.Parameter:
         return masked_layer(self.base_layer, self.module_name, config).scores
 
     def _put_scores(self, adapter_name: str, scores: dict[str, nn.Parameter]) -> None:
@@ -358,7 +358,7 @@ class MaskExperts(MaskTunerLayer):
 
     # ------------------------------------------------------------------------------------------ private
 
-    def _drawn(self, parameter: str, config: MaskConfig) -> nn.Parameter:
+    def _draw_scores(self, parameter: str, config: MaskConfig) -> nn.Parameter:
         transposed = self._projections[parameter].transposed
         name, weight = self.names[parameter], self._weight(parameter)
         return masked_grouped_layer(weight, None, transposed=transposed, name=name, config=config).scores

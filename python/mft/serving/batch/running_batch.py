@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mft.masks.bank import MaskBank
-from mft.models.key_value_cache import beside_keys_and_values
+from mft.models.key_value_cache import other_cache_layers
 from mft.models.longrope import by_own_length, switch_length
 from mft.models.packed_rows import check_lengths_apart
 
@@ -27,7 +27,7 @@ class RunningBatch:
     def __init__(self, bank: MaskBank) -> None:
         model: Any = bank.model
         self.bank, self._model = bank, model
-        other = beside_keys_and_values(model)
+        other = other_cache_layers(model)
         if other:
             raise ValueError(
                 f"base must cache only keys and values, got a {type(self._model).__name__} with {other[0]}: mft "
