@@ -26,6 +26,8 @@ def test_a_failure_is_named_by_the_target_whose_old_content_stays(tmp_path, whol
         raise OSError(28, "No space left on device")
     with pytest.raises(NotWritten, match="/file could not be written"), whole(tmp_path / "file") as scratch:
         (scratch / "a" / "b").write_text("")
+    with pytest.raises(KeyboardInterrupt), whole(tmp_path / "file"):
+        raise KeyboardInterrupt
     assert (tmp_path / "file").read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]
 

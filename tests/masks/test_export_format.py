@@ -81,44 +81,12 @@ def test_a_broken_description_names_the_line(saved):
         load_masks(llama(), saved)
 
 
-def set_padding(tensors):
+def set_padding(tensors, _):
     tensors[f"{UP}.mask"][5, 1] |= 1 << 30
 
 
-def flip_bit(tensors):
+def flip_bit(tensors, _):
     tensors[f"{UP}.mask"][5, 1] ^= 1 << 3
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop(f"{UP}.mask"), f"missing tensor '{UP}.mask', a module that {CONFIG} lists"),
-        (
-            lambda t: t.update({"more.mask": torch.zeros(1)}),
-            f"unknown tensor 'more.mask', which belongs to no module in {CONFIG}",
-        ),
-        (
-            lambda t: t.update({f"{UP}.mask": t[f"{UP}.mask"][:47].clone()}),
-            rf"{UP}.mask must be int32 \(48, 2\) for a weight of \(48, 40\), got I32 \(47, 2\)",
-        ),
-        (set_padding, f"{UP}.mask: mask must have 0 in each row's last 24 bits, its padding: damaged; copy the export"),
-        (
-            flip_bit,
-            rf"{UP}.mask must keep \d+ weights as {CONFIG} says, got \d+: the two files come from different exports",
-        ),
-    ],
-)
-def test_wrong_masks_name_file_and_tensor(saved, change, message):
-    edit_masks(saved, change)
-    model = llama()
-    with pytest.raises(ValueError, match=f"export/{MASKS}: {message}"):
-        load_masks(model, saved)
-    assert not masked_modules(model)
-
-
-@pytest.fixture(params=CODINGS[1:])
-def coded(request, masked, tmp_path):
-    return save_masks(masked, tmp_path / "export", coding=request.param)
 
 
 def cut(tensors, _):
@@ -146,25 +114,41 @@ def drop_one_more(tensors, coding):
     edit_packed(tensors, coding, lambda packed: packed[7].zero_())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t, _: t.pop(f"{UP}.mask"), f"{MASKS}: missing tensor '{UP}.mask'"),
-        (
-            lambda t, _: t.update({f"{UP}.mask": torch.zeros(48, 2, dtype=torch.int32)}),
-            rf"{MASKS}: {UP}.mask must be uint8 \(bytes,\) as its coding says, got I32 \(48, 2\)",
-        ),
-        (cut, f"{MASKS}: {UP}.mask: stream must .*: damaged; copy the export again"),
-        (drop_one_more, rf"{MASKS}: {UP}.mask must keep \d+ weights as {CONFIG} says, got \d+"),
-        (drop_another, f"{CONFIG}: expected content_hash sha256"),
-    ],
+MISSING = (lambda t, _: t.pop(f"{UP}.mask"), f"{MASKS}: missing tensor '{UP}.mask', a module that {CONFIG} lists")
+COUNT = (
+    rf"{MASKS}: {UP}.mask must keep \d+ weights as {CONFIG} says, got \d+: the two files come from different exports"
 )
-def test_wrong_coded_masks_name_file_and_tensor(coded, change, message):
-    coding = read_config(coded / CONFIG).coding
-    edit_masks(coded, lambda tensors: change(tensors, coding))
+UNKNOWN = f"{MASKS}: unknown tensor 'more.mask', which belongs to no module in {CONFIG}"
+WRONG_PACKED = [
+    MISSING,
+    (lambda t, _: t.update({"more.mask": torch.zeros(1)}), UNKNOWN),
+    (cut, rf"{MASKS}: {UP}.mask must be int32 \(48, 2\) for a weight of \(48, 40\), got I32 \(47, 2\)"),
+    (
+        set_padding,
+        f"{MASKS}: {UP}.mask: mask must have 0 in each row's last 24 bits, its padding: damaged; copy the export",
+    ),
+    (flip_bit, COUNT),
+]
+WRONG_CODED = [
+    MISSING,
+    (
+        lambda t, _: t.update({f"{UP}.mask": torch.zeros(48, 2, dtype=torch.int32)}),
+        rf"{MASKS}: {UP}.mask must be uint8 \(bytes,\) as its coding says, got I32 \(48, 2\)",
+    ),
+    (cut, f"{MASKS}: {UP}.mask: stream must .*: damaged; copy the export again"),
+    (drop_one_more, COUNT),
+    (drop_another, f"{CONFIG}: expected content_hash sha256"),
+]
+WRONG = [(coding, *wrong) for coding in CODINGS for wrong in (WRONG_PACKED if coding == "packed" else WRONG_CODED)]
+
+
+@pytest.mark.parametrize(("coding", "change", "message"), WRONG)
+def test_wrong_masks_name_file_and_tensor(masked, tmp_path, coding, change, message):
+    directory = save_masks(masked, tmp_path / "export", coding=coding)
+    edit_masks(directory, lambda tensors: change(tensors, coding))
     model = llama()
     with pytest.raises(ValueError, match=f"export/{message}"):
-        load_masks(model, coded)
+        load_masks(model, directory)
     assert not masked_modules(model)
 
 

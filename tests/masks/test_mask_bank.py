@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -303,39 +304,25 @@ def test_a_cast_or_a_move_takes_the_masks_along_as_bits(bank):
 
 
 def test_threads_use_different_tasks_at_once(exports, bank):
-    expected = {task: logits(with_masks_of(exports, task)) for task in TASKS}
-    both, found = threading.Barrier(len(TASKS)), {}
+    all_in_use = threading.Barrier(len(TASKS))
 
     def serve(task):
         with bank.use(task):
-            both.wait(20)  # all tasks are in use
-            found[task] = logits(bank.model)
-            both.wait(20)
+            all_in_use.wait(20)
+            found = logits(bank.model)
+            all_in_use.wait(20)
+            return found
 
-    threads = [threading.Thread(target=serve, args=(task,)) for task in TASKS]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found.keys() == expected.keys()
-    for task in TASKS:
-        assert torch.equal(found[task], expected[task])
+    with ThreadPoolExecutor(len(TASKS)) as pool:
+        for task, found in zip(TASKS, pool.map(serve, TASKS), strict=True):
+            assert torch.equal(found, logits(with_masks_of(exports, task)))
 
 
 def test_a_thread_does_not_take_over_a_task_unasked(bank):
-    caught = []
-
-    def call():
-        try:
-            logits(bank.model)
-        except RuntimeError as error:
-            caught.append(str(error))
-
-    with bank.use("code"):
-        thread = threading.Thread(target=call)
-        thread.start()
-        thread.join()
-    assert "in the thread that calls it" in caught[0]
+    with bank.use("code"), ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(logits, bank.model)
+        with pytest.raises(RuntimeError, match="in the thread that calls it"):
+            asked.result()
 
 
 def test_conv1d_layers_of_gpt2_hold_masks_too(tmp_path):

@@ -123,6 +123,7 @@ def test_saving_refuses_a_directory_with_other_files(tiny_llama, tokenizer, tmp_
             "and the hub cannot be reached: check the name and the network, or give a local directory; "
             "did you mean smollm2-135m?",
         ),
+        ("someone/some-model", "the hub cannot be reached"),
         ("not a model", "model.name must be smollm2-135m, a directory, a *.gguf file or a hub id, got 'not a model'"),
     ],
 )
@@ -132,14 +133,9 @@ def test_a_wrong_name_says_what_it_is_and_what_to_do(saved, no_hub, name, messag
     (directory / "adapter" / "adapter_config.json").write_text("{}")
     (directory / "ggufs").mkdir()
     (directory / "ggufs" / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
+    start = time.monotonic()
     with pytest.raises(ValueError, match=re.escape(message.format(dir=directory))):
         load_model(ModelConfig(name=name.format(dir=directory)))
-
-
-def test_an_unreachable_hub_is_found_in_seconds(no_hub):
-    start = time.monotonic()
-    with pytest.raises(ValueError, match="the hub cannot be reached"):
-        load_model(ModelConfig(name="someone/some-model"))
     assert time.monotonic() - start < 10
 
 
@@ -249,12 +245,7 @@ def test_the_first_of_two_writers_of_the_same_directory_wins(tmp_path):
 def test_the_tulu_template_scores_answers_with_their_end_token_and_is_saved(tiny_llama, tokenizer, tmp_path):
     save_model(tiny_llama, tokenizer, tmp_path / "base")
     _, tulu = load_model(ModelConfig(name=str(tmp_path / "base"), dtype="float32", chat_template="tulu"))
-    chat = [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-        {"role": "assistant", "content": "d"},
-    ]
+    chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd")]
     eos = tulu.eos_token
     assert tulu.apply_chat_template(chat, tokenize=False) == (
         f"<|user|>\na\n<|assistant|>\nb{eos}\n<|user|>\nc\n<|assistant|>\nd{eos}"

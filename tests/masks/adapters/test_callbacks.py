@@ -1,7 +1,6 @@
 """transformers' Trainer learns under a budget, and by the surrogate gradient, what train_masks does, also with PEFT."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -149,15 +148,6 @@ def test_the_budget_of_a_wrapped_model_grows(make, wrap):
         grow_budget(wrap(model), step, 2)
         quota.append(budget_of(getattr(model, "peft_config", {}).get("default", model)).quota)
     assert quota == [0, int(0.03 * 4 * 2048 / (2 * 0.67)), QUOTA]
-
-
-def test_an_adapter_from_before_a_budget_was_a_bound_keeps_the_rule_that_it_began_with(tmp_path):
-    MaskPeftConfig(budget=0.1, mode="value", fill_budget=True).save_pretrained(str(tmp_path))
-    path = tmp_path / "adapter_config.json"
-    values = json.loads(path.read_text())
-    assert values.pop("fill_budget") is True
-    path.write_text(json.dumps(values))
-    assert MaskPeftConfig.from_pretrained(str(tmp_path)).fill_budget is True
 
 
 def test_scores_that_peft_has_loaded_learn_by_the_surrogate_gradient_too():

@@ -9,12 +9,7 @@ import copy
 
 import pytest
 import torch
-from peft import (
-    PeftModel,
-    convert_to_lora,
-    get_peft_model,
-    save_as_lora,
-)
+from peft import PeftModel, convert_to_lora, get_peft_model, save_as_lora
 from peft_masks import STILL_CALLED, TWO, UP, assert_same, config, layers, two_masks, with_masks
 from tiny import TOKENS, logits, make_llama
 from tiny_architectures import state
