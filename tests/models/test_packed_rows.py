@@ -19,7 +19,7 @@ from mft.models import block_attention
 from mft.models.causal_lm import head_of, run_decoder
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.packed_rows import check_kept_apart
-from mft.models.token_loss import backward_token_loss
+from mft.models.token_loss import backward_labelled_loss
 from mft.training.loop import train_masks
 from mft_study.workspace import _remembered
 
@@ -59,7 +59,7 @@ def losses_and_gradients(model, batches):
     total = 0.0
     for batch in batches:
         hidden = run_decoder(model, batch.input_ids, batch.position_ids)
-        total += backward_token_loss(head_of(model), hidden, batch.labels, 1.0).item()
+        total += backward_labelled_loss(head_of(model), hidden, batch.labelled, 1.0).item()
     return total, {name: module.scores.grad.clone() for name, module in masked_modules(model).items()}
 
 

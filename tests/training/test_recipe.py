@@ -7,11 +7,12 @@ import torch
 from tiny import equal, make_gemma2, make_gpt2, make_llama, make_rows, masked_llama
 
 from mft.config import MaskConfig, TrainConfig
+from mft.data.batches import find_labelled
 from mft.engines.master_weights import MasterAdamW
 from mft.masks.convert import mask_model, masked_modules
 from mft.models.causal_lm import decoder_layers, first_trainable_layer, head_of, run_decoder, split_at_head
 from mft.models.frozen_layers import FrozenPrefix, PrefixMemory
-from mft.models.token_loss import backward_token_loss
+from mft.models.token_loss import backward_labelled_loss
 from mft.training.loop import NonFiniteLoss, finetune, schedule_factor, train_loop, train_masks
 
 
@@ -147,7 +148,9 @@ def test_the_chunked_loss_and_its_gradients_are_the_models_own(monkeypatch):
     loss = own(input_ids=rows["input_ids"], labels=labels).loss
     loss.backward()
     count = (labels[:, 1:] != -100).sum()
-    total = backward_token_loss(head_of(ours), run_decoder(ours, rows["input_ids"]), labels, 1 / count)
+    total = backward_labelled_loss(
+        head_of(ours), run_decoder(ours, rows["input_ids"]), find_labelled(labels), 1 / count
+    )
     assert total / count == pytest.approx(loss.item(), rel=1e-5)
     for p, q in zip(own.parameters(), ours.parameters()):
         torch.testing.assert_close(p.grad, q.grad)
@@ -171,12 +174,12 @@ def test_gradients_above_a_frozen_prefix_are_those_of_the_whole_model(make, reme
     config = MaskConfig.paper(layers_to_transform=[2, 3])
     whole, split = mask_model(make(), config), mask_model(make(), config)
     head = head_of(whole)
-    backward_token_loss(head, run_decoder(whole, ids), ids, 1.0)
+    backward_labelled_loss(head, run_decoder(whole, ids), find_labelled(ids), 1.0)
     prefix = FrozenPrefix(split, memory=PrefixMemory() if remember else None)
     assert prefix.first == 2
     if remember:
         prefix(ids, [0, 1, 2, 3])
-    backward_token_loss(head_of(split), prefix(ids, [0, 1, 2, 3]), ids, 1.0)
+    backward_labelled_loss(head_of(split), prefix(ids, [0, 1, 2, 3]), find_labelled(ids), 1.0)
     for (name, expected), found in zip(score_gradients(whole).items(), score_gradients(split).values()):
         assert expected.abs().max() > 0
         assert torch.equal(found, expected), name

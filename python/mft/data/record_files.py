@@ -7,14 +7,13 @@ follows them. So files are found by name here, and read as plain columns.
 import bisect
 import contextlib
 import csv
-import functools
 import gzip
 import hashlib
 import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,22 +99,22 @@ def find_splits(directory: Path) -> tuple[dict[str, list[Path]], list[Path]]:
 def read_files(paths: Sequence[Path]) -> Records:
     """Return the records of files of one type, one file after another, with content columns only."""
     parts = [_TABLES.get(type_of(path), _read_list)(path) for path in paths]
-    starts = list(itertools.accumulate((len(part.rows) for part in parts), initial=0))
-    columns = sorted({column for part in parts for column in part.columns})
-    if isinstance(parts[0].rows, pyarrow.Table):
+    starts = list(itertools.accumulate((len(numbers) for _, numbers, _ in parts), initial=0))
+    columns = sorted({column for *_, names in parts for column in names})
+    if isinstance(parts[0][0], pyarrow.Table):
         try:
-            table = pyarrow.concat_tables([part.rows for part in parts], promote_options="permissive")
+            table = pyarrow.concat_tables([rows for rows, *_ in parts], promote_options="permissive")
         except pyarrow.ArrowException as error:
             raise ValueError(
                 f"{paths[0]} and the files next to it must have columns of the same types: {error}"
             ) from None
         rows: Sequence[dict[str, Any]] = datasets.Dataset(table)
     else:
-        rows = [row for part in parts for row in part.rows]
+        rows = [row for found, *_ in parts for row in found]
 
     def place(i: int) -> str:
         part = bisect.bisect_right(starts, i) - 1
-        return parts[part].place(i - starts[part])
+        return place_in(paths[part], parts[part][1][i - starts[part]])
 
     return Records(rows, place, columns, range(starts[-1]))
 
@@ -179,13 +178,8 @@ def hash_splits(splits: Mapping[str, Sequence[Path]]) -> str:
 # ---------------------------------------------------------------------------------------------- private
 
 
-@dataclass
-class _File:
-    """The content of one file."""
-
-    rows: Any  # a list of dictionaries, or a pyarrow.Table
-    place: Callable[[int], str]
-    columns: list[str]
+# Rows (a list of dictionaries, or a pyarrow.Table), their numbers for place_in, and the names of all columns.
+_File = tuple[Any, Sequence[int], Iterable[str]]
 
 
 def _read_list(path: Path) -> _File:
@@ -195,7 +189,7 @@ def _read_list(path: Path) -> _File:
         columns.update(dict.fromkeys(names))
         rows.append(row)
         numbers.append(number)
-    return _File(rows, lambda i: place_in(path, numbers[i]), list(columns))
+    return rows, numbers, columns
 
 
 def select_content(row: dict[str, Any]) -> dict[str, Any]:
@@ -354,7 +348,7 @@ def _read_parquet(path: Path) -> _File:
     batches = [batch for _, _, batch, _ in _parquet_batches(path, _ROWS_AT_ONCE, kept=True)]
     schema = pyarrow.parquet.read_schema(path)
     table = pyarrow.Table.from_batches(batches) if batches else schema.empty_table()
-    return _of_table(table.select(columns_to_read(schema.names)), path, schema.names)
+    return _of_table(table.select(columns_to_read(schema.names)), schema.names)
 
 
 @contextlib.contextmanager
@@ -380,7 +374,7 @@ def _arrow_records(path: Path, start: Any, kept: bool) -> Iterator[Read]:
 def _read_arrow(path: Path) -> _File:
     with _map_content(path) as (content, names):
         content.validate(full=True)
-    return _of_table(content, path, names)
+    return _of_table(content, names)
 
 
 _RECORDS: dict[str, Callable[[Path, Any, bool], Iterator[Read]]] = {
@@ -399,9 +393,9 @@ def columns_to_read(names: list[str]) -> list[str]:
     return list(dict.fromkeys([*content_of(names), *pairs])) or names[:1]  # one column at least, to count rows
 
 
-def _of_table(table: pyarrow.Table, path: Path, columns: list[str]) -> _File:
+def _of_table(table: pyarrow.Table, columns: list[str]) -> _File:
     # The metadata may declare pictures and sounds, which datasets would fetch from the places named there.
-    return _File(table.replace_schema_metadata(None), functools.partial(place_in, path), columns)
+    return table.replace_schema_metadata(None), range(len(table)), columns
 
 
 def _saved_splits(directory: Path) -> dict[str, list[Path]]:

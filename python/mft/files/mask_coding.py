@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mft.files import by_weight, rice
@@ -132,16 +131,13 @@ def damage_error(key: str, error: ValueError) -> ValueError:
 
 def coded_size(mask: Tensor, weight: Tensor | None = None) -> int:
     """Return the bytes of a mask (N, K) or (E, N, K) in an export: as by_weight if weight is given, else as rice."""
-    if weight is None:
-        return len(coded_mask(mask))
-    bits = _bits(mask)
-    return len(by_weight.encode(rice.words_of(bits), bits.shape[1], weight))
+    words, columns = _words(mask)
+    return len(rice.encode(words, columns) if weight is None else by_weight.encode(words, columns, weight))
 
 
 def coded_mask(mask: Tensor) -> bytes:
     """Return a boolean mask, (N, K) or (E, N, K) for experts, as the stream that an export of coding rice has."""
-    bits = _bits(mask)
-    return rice.encode(rice.words_of(bits), bits.shape[1])
+    return rice.encode(*_words(mask))
 
 
 def decoded_mask(stream: bytes, shape: tuple[int, int]) -> Tensor:
@@ -153,8 +149,9 @@ def decoded_mask(stream: bytes, shape: tuple[int, int]) -> Tensor:
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _bits(mask: Tensor) -> NDArray[np.bool_]:
-    return mask.detach().to("cpu", torch.bool).flatten(0, -2).numpy()
+def _words(mask: Tensor) -> tuple[Words, int]:
+    """Return (words of all rows, columns) of a boolean mask."""
+    return rice.words_of(mask.detach().to("cpu", torch.bool).flatten(0, -2).numpy()), mask.shape[-1]
 
 
 def _packed_shape(shape: Shape) -> Shape:

@@ -32,7 +32,7 @@ from mft.models.frozen_layers import FrozenPrefix
 from mft.models.linears import Candidate, find_targets
 from mft.models.longrope import inputs_of
 from mft.models.packed_rows import keep_apart
-from mft.models.token_loss import backward_token_loss
+from mft.models.token_loss import backward_labelled_loss
 
 SIGNED = ("gradient", "fisher")  # importance may be negative
 _BY_DATA = ("wanda", *SIGNED)
@@ -212,7 +212,7 @@ def _gradients(
         for batch in batches:
             ids, positions = inputs_of(batch, model, device)
             hidden = prefix(ids, batch.rows, positions)
-            backward_token_loss(head, hidden, batch.labels.to(device), 1 / tokens)
+            backward_labelled_loss(head, hidden, batch.labelled.to(device), 1 / tokens)
             for name, weight in weights.items():
                 if weight.grad is not None:  # None if no token reached the weight, for example in an expert
                     totals[name] += weight.grad

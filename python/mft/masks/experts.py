@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.models.experts import ExpertProjection, RoutedRows, expert_projections, flags, unmasked_product
+from mft.models.experts import (
+    ExpertProjection,
+    RoutedRows,
+    class_name,
+    expert_projections,
+    flags,
+    unmasked_product,
+)
 
 
 class MaskedExperts(nn.Module):
@@ -130,7 +137,7 @@ Project = Callable[[str, Tensor, Tensor], Tensor]  # name of a projection, rows 
 
 def experts_forward(experts: nn.Module, project: Project, *args: Any, **kwargs: Any) -> Tensor:
     """Run the forward of experts, masked or not, with ``project`` for each product."""
-    return _FORWARDS.get(_name(experts), _routed)(experts, project, *args, **kwargs)
+    return _FORWARDS.get(class_name(experts), _routed)(experts, project, *args, **kwargs)
 
 
 def project(experts: nn.Module, name: str, rows: Tensor, offsets: Tensor) -> Tensor:
@@ -145,16 +152,11 @@ def project(experts: nn.Module, name: str, rows: Tensor, offsets: Tensor) -> Ten
 
 def copies_of_tokens(experts: Any) -> int:
     """Return how often the experts' first input (copies * T, H) has all tokens; 0 if it is in the router's order."""
-    kind = _name(experts)
+    kind = class_name(experts)
     return experts.num_experts if kind == "Llama4TextExperts" else int(kind != "JetMoeParallelExperts")
 
 
 # ---------------------------------------------------------------------------------------------- private
-
-
-def _name(experts: Any) -> str:
-    """Return the name of the experts' class in transformers."""
-    return getattr(experts, "_kind", type(experts)).__name__
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
@@ -181,7 +183,7 @@ def _restored(masked: type[MaskedExperts], kind: type[nn.Module]) -> MaskedExper
 def _routed(self: Any, project: Project, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Compute as transformers.integrations.moe.grouped_mm_experts_forward: hidden_states (T, H), the others (T, k)."""
     found = flags(self)
-    assert found is not None, f"{_name(self)} has no forward of its own in _FORWARDS"
+    assert found is not None, f"{class_name(self)} has no forward of its own in _FORWARDS"
     rows = RoutedRows(top_k_index, self.num_experts)
     x = rows.of_experts(hidden_states)
     if found["has_gate"]:

@@ -57,7 +57,12 @@ def group_by_kind(rows: Iterable[MaskStatistics]) -> list[MaskStatistics]:
     for row in rows:
         kind = tuple("" if part.isdecimal() else part for part in row.name.split("."))
         groups.setdefault(kind, []).append(row)
-    return [combine_statistics(alike, _ranged([row.name for row in alike])) for alike in groups.values()]
+    found = []
+    for alike in groups.values():
+        parts = zip(*(row.name.split(".") for row in alike))
+        joined = (layer_ranges(set(map(int, each))) if each[0].isdecimal() else each[0] for each in parts)
+        found.append(combine_statistics(alike, ".".join(joined)))
+    return found
 
 
 def flip_share(model: nn.Module, initial: dict[str, Tensor]) -> float:
@@ -85,12 +90,6 @@ def describe_size(size: int, weights: int, modules_to_save: list[str] | None = N
     if modules_to_save:
         return f"{size} bytes, with {', '.join(modules_to_save)}"
     return f"{size} bytes, {8 * size / weights:.3g} bits per weight"
-
-
-def _ranged(names: list[str]) -> str:
-    """Join names that differ only in their numbers into one name with ranges of numbers."""
-    parts = zip(*(name.split(".") for name in names))
-    return ".".join(layer_ranges(set(map(int, each))) if each[0].isdecimal() else each[0] for each in parts)
 
 
 @torch.no_grad()

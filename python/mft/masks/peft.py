@@ -27,7 +27,7 @@ from mft.masks.convert import check_drawn, convert, masked_modules, pack_attenti
 from mft.masks.export import loaded_config, read_learned, scores_of_keep, scores_of_mask
 from mft.masks.export_format import CONFIG_FILE, PEFT_TYPE, check_masks_alone, is_export, read_export
 from mft.masks.location import fetch_masks
-from mft.masks.peft_layers.combination import check_combination, combine
+from mft.masks.peft_layers.combination import COMBINATIONS, check_combination
 from mft.masks.surrogate import make_surrogate
 from mft.masks.targets import select_targets
 from mft.models.attached import attach, attached
@@ -274,7 +274,7 @@ class MaskModel(BaseTuner):
         for layer in _mask_layers(self.model):
             for part, shape in layer.shapes_of(adapters).items():
                 masks = [layer.keep(name, part, shape) for name in adapters]
-                keeps[layer.names[part]] = combine(masks, combination_type, shares)
+                keeps[layer.names[part]] = COMBINATIONS[combination_type](masks, shares)
         settings = vars(loaded_config("value")) | {"target_modules": list(keeps)}
         self.peft_config[adapter_name] = MaskPeftConfig(**settings, task_type=self.peft_config[adapters[0]].task_type)
         self.inject_adapter(self.model, adapter_name)

@@ -28,7 +28,7 @@ class ExpertProjection:
 
 def flags(module: nn.Module) -> dict[str, bool] | None:
     """Return the interface's flags of an experts module; None if the module does not use the interface."""
-    known = _AS_THE_INTERFACE.get(_class_name(module))
+    known = _AS_THE_INTERFACE.get(class_name(module))
     if known is not None:
         return {name: known.get(name, False) for name in _FLAGS}
     if not all(isinstance(getattr(module, name, None), bool) for name in _FLAGS):
@@ -45,8 +45,8 @@ def expert_projections(module: nn.Module) -> dict[str, ExpertProjection]:
             name: ExpertProjection(name, f"{name}_bias" if found["has_bias"] else None, found["is_transposed"])
             for name in names
         }
-    elif _class_name(module) in _OTHERS:
-        transposed = _OTHERS[_class_name(module)]
+    elif class_name(module) in _OTHERS:
+        transposed = _OTHERS[class_name(module)]
         projections = {
             name: ExpertProjection(name, None, transposed) for name, _ in module.named_parameters(recurse=False)
         }
@@ -98,7 +98,7 @@ class RoutedRows:
         return placed.view(-1, self.top_k, rows.shape[-1]).sum(1)
 
 
-def _class_name(module: nn.Module) -> str:
+def class_name(module: nn.Module) -> str:
     """Return the name of the module's class in transformers, masked or not."""
     return getattr(module, "_kind", type(module)).__name__
 

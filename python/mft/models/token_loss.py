@@ -25,13 +25,8 @@ _GROUP = 256  # words per group in likeliest, which finds each group's largest l
 _BLOCK = 400_000  # fp32 logits of a few rows: 1.6 MB, about the size of a core's cache
 
 
-def backward_token_loss(head: nn.Module, hidden: Tensor, labels: Tensor, scale: float) -> Tensor:
-    """Backpropagate scale * (sum of losses) into all that requires grad, chunk by chunk. Return the sum, fp32."""
-    return backward_labelled_loss(head, hidden, find_labelled(labels), scale)
-
-
 def backward_labelled_loss(head: nn.Module, hidden: Tensor, labelled: Labelled, scale: float) -> Tensor:
-    """Do the work of backward_token_loss for labels that find_labelled has looked up."""
+    """Backpropagate scale * (sum of losses) into all that requires grad, chunk by chunk. Return the sum, fp32."""
     states, targets = hidden.flatten(0, 1).index_select(0, labelled.positions), labelled.targets
     total = torch.zeros((), device=hidden.device)
     grads = []

@@ -126,7 +126,9 @@ class WeightFiles:
         outline = self._outline
         with self._restored():
             before = outline.get_parameter_or_buffer(name)
-            _put(outline, name, _like(before, shape))
+            made = torch.empty(shape, dtype=before.dtype, device="meta")
+            is_parameter = isinstance(before, nn.Parameter)
+            _put(outline, name, nn.Parameter(made, requires_grad=before.requires_grad) if is_parameter else made)
             self._load(outline, slices, "cpu")
             return outline.get_parameter_or_buffer(name).detach()
 
@@ -213,9 +215,3 @@ def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Set the parameter or buffer of this name."""
     path, _, part = name.rpartition(".")
     setattr(model.get_submodule(path), part, tensor)
-
-
-def _like(tensor: Tensor, shape: torch.Size) -> Tensor:
-    """Return a parameter or buffer of this shape on the meta device, otherwise like tensor."""
-    made = torch.empty(shape, dtype=tensor.dtype, device="meta")
-    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made

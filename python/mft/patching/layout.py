@@ -32,7 +32,7 @@ class Layout:
         config = outline.config
         self._processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=config.to_dict())
         self._parameters = {name: self._parameter(name) for name in layers}
-        self._names = self._named(config, header)
+        self._names = self._named(header)
         tensors: dict[str, list[GgufTensor]] = {}
         for tensor in header.tensors.values():
             # The experts' tensors have the suffix .weight, but their parameters do not.
@@ -98,7 +98,7 @@ class Layout:
             f"{name!r}: name the GGUF file of the model that they were learned on"
         )
 
-    def _named(self, config: Any, header: GgufHeader) -> dict[str, str]:
+    def _named(self, header: GgufHeader) -> dict[str, str]:
         """Return {tensor name: parameter name}. It tries the outermost module first: all modules take seconds."""
         try:
             names = get_gguf_hf_weights_map(_Outermost(self._outline), self._processor)

@@ -79,8 +79,12 @@ def facts_of_masks(directory: Path, export: MaskExport) -> Facts:
 
 def add_run(facts: Facts, config: Path) -> Facts:
     """Return the facts with a run's configuration (its CONFIG file) and results. Raises: as facts_of_masks."""
-    table = config.with_name(TABLE_JSON)
-    results = read_results(table) if table.is_file() else None
+    table, results = config.with_name(TABLE_JSON), None
+    if table.is_file():
+        values = read_object(table, _MOST)
+        numbers = {"difference": values.get("loss after - before"), "error": values.get("standard error")}
+        rows = {k: row for k, row in values.items() if isinstance(row, dict) and {"loss", "accuracy"} <= row.keys()}
+        results = _results({"evaluations": rows, **numbers}, table)
     return dataclasses.replace(facts, config=load_saved(config), results=results)
 
 
@@ -118,14 +122,6 @@ def read_merged(path: Path) -> Facts:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return facts if results is None else dataclasses.replace(facts, results=_results(results, path))
-
-
-def read_results(path: Path) -> Results:
-    """Read the results from a run's table.json. Raises: ValueError that names the file."""
-    values = read_object(path, _MOST)
-    rows = {name: row for name, row in values.items() if isinstance(row, dict) and {"loss", "accuracy"} <= row.keys()}
-    named = {"difference": values.get("loss after - before"), "error": values.get("standard error")}
-    return _results({"evaluations": rows, **named}, path)
 
 
 def _results(values: Any, path: Path) -> Results:

@@ -178,16 +178,11 @@ class ModelContents(Contents):
 
     def introduction(self) -> str:
         facts, on = self.facts, self._on_base()
+        merged, kept = f"An ordinary model: masks of {_PAPER}{on} are baked in", "so that kept weights are bit-equal"
         if facts.alpha is not None:
-            return (
-                f"An ordinary model: masks of {_PAPER}{on} are baked in by `alpha` {facts.alpha:g}, so that kept "
-                f"weights are bit-equal and others scaled by {1 - facts.alpha:.6g}."
-            )
+            return f"{merged} by `alpha` {facts.alpha:g}, {kept} and others scaled by {1 - facts.alpha:.6g}."
         if facts.kept is not None:
-            return (
-                f"An ordinary model: masks of {_PAPER}{on} are baked in, so that kept weights are bit-equal and "
-                "others 0."
-            )
+            return f"{merged}, {kept} and others 0."
         return f"An ordinary model, all of whose weights were fine-tuned{on}." if on else "An ordinary model."
 
     def loading(self, repository: str) -> list[str]:

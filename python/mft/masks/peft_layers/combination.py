@@ -10,12 +10,14 @@ from mft.checks import check_one_of, check_rule
 
 
 def _vote(keeps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Keep a weight if the masks that keep it hold at least half of the sum of ``weights``."""
     in_favour = torch.zeros(keeps[0].shape, dtype=torch.float64, device=keeps[0].device)
     for keep, weight in zip(keeps, weights):
         in_favour.add_(keep, alpha=weight)
     return in_favour >= sum(weights) / 2
 
 
+# Each returns the mask, booleans of keeps' shape, of the weights that stay; weights: of check_combination.
 COMBINATIONS: dict[str, Callable[[Sequence[Tensor], Sequence[float]], Tensor]] = {
     "union": lambda keeps, _: reduce(torch.logical_or, keeps),
     "intersection": lambda keeps, _: reduce(torch.logical_and, keeps),
@@ -33,11 +35,3 @@ def check_combination(how: str, weights: Sequence[float] | None, masks: int) -> 
         how == "vote" or len(set(found)) == 1, "weights", f"be equal for {how}, where they have no effect", weights
     )
     return found
-
-
-def combine(keeps: Sequence[Tensor], how: str, weights: Sequence[float]) -> Tensor:
-    """Return the mask (booleans of keeps' shape) of the weights that stay; how, weights: of check_combination.
-
-    vote keeps a weight if the masks that keep it hold at least half of the sum of ``weights``.
-    """
-    return COMBINATIONS[how](keeps, weights)
