@@ -58,7 +58,7 @@ def run(ground, directory, *overrides, **options):
 def rows(ground, subset, **options):
     tokenizer = load_model(study(ground).model)[1]
     splits = load_splits(DataConfig(source="headers", subset=subset, sequence_length=12, **options), tokenizer)
-    held = documents.reserved(list(sources.header_files().values()))
+    held = documents.find_reserved(list(sources.header_files().values()))
     return splits, {split: set(getattr(splits, split)["document"]) & held for split in sources.SPLITS}, held
 
 
