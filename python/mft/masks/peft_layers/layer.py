@@ -107,7 +107,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def packed_mask(self, adapter_name: str, parameter: str, *, anew: bool = True) -> Tensor:
-        """Return the packed mask of this name; see pack_mask. Unless anew, it is selected only if scores changed."""
+        """Return the packed mask of this name; see pack_mask. anew: select it again even if no score changed."""
         scores = self.scores_of(adapter_name)[parameter]
         if not anew:
             watch(scores)  # here, because PEFT replaces parameters when it loads them
