@@ -31,7 +31,7 @@ from .layers.maskable import why_no_scores as why_no_scores  # a weight that can
 from .layers.maskable import why_not_there as why_not_there  # a parent that reads the weight itself
 from .layers.shells import filled as filled  # converting and merging put parameters into copies of modules,
 from .layers.shells import linear_on as linear_on  # make an nn.Linear without a copy of its weight,
-from .layers.shells import without as without  # and take parameters out
+from .layers.shells import copy_without as copy_without  # and take parameters out
 
 # Masks and their scores
 from .mask.masking import CurrentMask as CurrentMask  # a mask with its threshold and signs

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .maskable import other_than, why_lost
-from .shells import filled, linear_on, without
+from .shells import copy_without, filled, linear_on
 
 _SETTINGS = ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first", "add_zero_attn")
 _WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -73,7 +73,7 @@ class MaskedMultiheadAttention(nn.Module):
         for name in _SETTINGS:
             setattr(self, name, getattr(attention, name))
         self._qkv_same_embed_dim = attention.in_proj_weight is not None
-        self._shell = (without(attention, *_PARAMETERS, "out_proj"),)  # in a tuple, or it would be a child
+        self._shell = (copy_without(attention, *_PARAMETERS, "out_proj"),)  # in a tuple, or it would be a child
         for name, projection in projections(attention).items():
             setattr(self, name, projection)
         self.register_parameter("bias_k", attention.bias_k)

@@ -78,7 +78,7 @@ class MaskedGroupedLinear(MaskedLayer):
                 mode=self.mode,
             )
         except NonFiniteScores as error:
-            raise self._named(error) from None
+            raise self._name_error(error) from None
 
     def extra_repr(self) -> str:
         return f"experts={self.experts}, transposed={self.transposed}, {super().extra_repr()}"

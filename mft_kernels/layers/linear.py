@@ -99,7 +99,7 @@ class MaskedLinear(MaskedLayer):
                 mode=self.mode,
             )
         except NonFiniteScores as error:
-            raise self._named(error) from None
+            raise self._name_error(error) from None
 
     def _forward_nested(self, x: Tensor) -> Tensor:
         """Compute rows of several lengths, which nn.TransformerEncoder makes from a padded batch, as one batch."""

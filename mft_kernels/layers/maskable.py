@@ -36,7 +36,7 @@ def why_no_mask(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> str | N
     other = other_than(kind, module)
     weight = module._parameters.get("weight")
     if other is not None and not _computes_linear(type(module)):
-        return f"it is {other}{_what_is_lost(type(module), kind, weight)}"
+        return f"it is {other}{_explain_lost_forward(type(module), kind, weight)}"
     if weight is None:
         return (
             "its weight is not a parameter, but computed from others (by a parametrisation or pruning): make that "
@@ -98,7 +98,7 @@ def _computes_linear(code: type) -> bool:
     return bool(vars(nearest).get("computes_linear", _full_name(nearest) in _LINEARS))
 
 
-def _what_is_lost(code: type, kind: type, weight: Tensor | None) -> str:
+def _explain_lost_forward(code: type, kind: type, weight: Tensor | None) -> str:
     """Return what a masked layer would leave out if it replaced a layer of this class and weight, and what to do."""
     why = None if weight is None else why_no_scores(weight)
     if why is not None:

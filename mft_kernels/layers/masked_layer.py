@@ -153,7 +153,7 @@ class MaskedLayer(nn.Module):
         try:
             return current_mask(self.scores, self.keep_ratio, self.threshold, self.mode, anew=True)
         except NonFiniteScores as error:
-            raise self._named(error) from None
+            raise self._name_error(error) from None
 
     def mask(self) -> Tensor:
         """Return the boolean mask, of the weight's shape: True where the weight is kept."""
@@ -182,7 +182,7 @@ class MaskedLayer(nn.Module):
             f"{kept}, mode={self.mode!r}"
         )
 
-    def _named(self, error: NonFiniteScores) -> NonFiniteScores:
+    def _name_error(self, error: NonFiniteScores) -> NonFiniteScores:
         if not self.module_name:
             return error
         return NonFiniteScores(selectable(self.scores.detach()), self.module_name)

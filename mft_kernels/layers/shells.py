@@ -15,7 +15,7 @@ def linear_on(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
     return linear
 
 
-def without(module: nn.Module, *names: str) -> nn.Module:
+def copy_without(module: nn.Module, *names: str) -> nn.Module:
     """Return a copy of module, with its class and settings, but with None for the parameters or modules ``names``.
 
     Everything else is shared, and module does not change.

@@ -53,7 +53,7 @@ def companions(scores: Scores, steps: int, stream: Any) -> list[tuple[Scores, An
     ]
 
 
-def _stepped(optimizer: Optimizer, *_: Any) -> None:
+def _note_step(optimizer: Optimizer, *_: Any) -> None:
     """Forget all states, because optimisers write in many ways, and note how this one left its scores."""
     forget_states()
     captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -67,7 +67,7 @@ def _stepped(optimizer: Optimizer, *_: Any) -> None:
             scores.stepped = step, scores._version, scores.accessed
 
 
-register_optimizer_step_post_hook(_stepped)
+register_optimizer_step_post_hook(_note_step)
 
 
 def _scores_of(optimizer: Optimizer) -> Iterator[Scores]:

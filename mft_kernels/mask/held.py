@@ -32,7 +32,7 @@ def masked_linear_held(
         grad_buffer: (N, K) contiguous, fp32 or a 16-bit float, changed in place. None: nothing is accumulated.
     Returns: (..., N) in x's dtype.
     """
-    return _held(x, weight, packed, bias, grad_buffer)
+    return _held_product(x, weight, packed, bias, grad_buffer)
 
 
 def masked_linear_grouped_held(
@@ -59,7 +59,7 @@ def masked_linear_grouped_held(
         grad_buffer: the weight's shape, contiguous, fp32 or a 16-bit float. None: nothing is accumulated.
     Returns: (T, N) in x's dtype.
     """
-    return _held(x, weight, packed, bias, grad_buffer, offsets, transposed)
+    return _held_product(x, weight, packed, bias, grad_buffer, offsets, transposed)
 
 
 # ---------------------------------------------------------------------------------------------- below: private
@@ -86,7 +86,7 @@ class _HeldLinear(torch.autograd.Function):
         return d_x, *(None for _ in ctx.needs_input_grad[1:])
 
 
-def _held(x, weight, packed, bias, grad_buffer, *experts) -> Tensor:
+def _held_product(x, weight, packed, bias, grad_buffer, *experts) -> Tensor:
     if grad_buffer is None or not torch.is_grad_enabled():
         # Detached, so that the packed op's own backward computes only d_x.
         weight = _detached(weight) if isinstance(weight, Tensor) else weight

@@ -68,7 +68,7 @@ def current_mask(
         checks.check_whole("scores", scores)
         return _find_mask(scores, keep_ratio, threshold, mode)
     rule = keep_ratio, threshold, mode
-    if _capturing(scores):
+    if _is_capturing(scores):
         scores.in_graph = True  # a CUDA graph replays what it captured, so the selection has to be in it
     elif not anew and (remembered := remembered_mask(scores, rule)) is not None:
         return remembered
@@ -119,7 +119,7 @@ def refreshed_mask(scores: Tensor, rule: Rule) -> CurrentMask | None:
     return current_mask(scores, *rule)
 
 
-def _capturing(scores: Tensor) -> bool:
+def _is_capturing(scores: Tensor) -> bool:
     return scores.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
@@ -180,7 +180,7 @@ def _launch(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str):
     Within a CUDA graph the host cannot read results. Scores that are not finite then give the threshold NaN, which
     keeps no weight, and the sign comes from the scores.
     """
-    captured = _capturing(scores)
+    captured = _is_capturing(scores)
     with_signs = mode != "value" and scores.dtype != torch.int16 and not captured
     threshold, packed, signs, zeros = select_mask(scores, keep_ratio, fixed, mode, with_signs=with_signs)
     mask = CurrentMask(threshold, packed, signs if with_signs else None)

@@ -99,7 +99,7 @@ def _select(
         add_up(counts)
         reached = counts.cumsum(1)
         if place == top:
-            sizes, bad = reached[:, -1].tolist(), _not_finite(counts, dtype).tolist()
+            sizes, bad = reached[:, -1].tolist(), _has_nonfinite(counts, dtype).tolist()
         digits = (reached <= torch.tensor(before)[:, None]).sum(1).clamp(max=(1 << width) - 1)
         for group, (value, row) in enumerate(zip(digits.tolist(), reached)):
             before[group] -= int(row[value - 1]) if value else 0
@@ -139,7 +139,7 @@ def _keys_of_bits(bits: Tensor) -> Tensor:
     return bits ^ (bits >> 8 * bits.itemsize - 1 & torch.iinfo(bits.dtype).max)
 
 
-def _not_finite(counts: Tensor, dtype: torch.dtype) -> Tensor:
+def _has_nonfinite(counts: Tensor, dtype: torch.dtype) -> Tensor:
     """Return whether each group has NaN or Inf, from the counts (G, bins) of the first digit."""
     floating = torch.float16 if dtype == torch.int16 else dtype
     infinity = torch.tensor(torch.inf, dtype=floating).view(_INTEGERS[dtype.itemsize])

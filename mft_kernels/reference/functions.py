@@ -49,7 +49,7 @@ def product(
     if isinstance(weight, Codes):
         weight = weight.dense(a.dtype)
     if isinstance(keep, KeepByTask):
-        return _by_task(a, weight, keep, lambda masked: _multiply(a, masked, bias, transposed))
+        return _product_per_task(a, weight, keep, lambda masked: _multiply(a, masked, bias, transposed))
     masked = weight if keep is None else torch.where(kept(keep, weight.shape), weight, 0)
     return _multiply(a, masked, bias, transposed)
 
@@ -111,7 +111,7 @@ def _multiply(a: Tensor, masked: Tensor, bias: Tensor | None, transposed: bool) 
     return grad_of_linear(a, masked) if bias is None else linear(a, masked.t(), bias)
 
 
-def _by_task(a: Tensor, weight: Tensor, keep: KeepByTask, multiply: Callable[[Tensor], Tensor]) -> Tensor:
+def _product_per_task(a: Tensor, weight: Tensor, keep: KeepByTask, multiply: Callable[[Tensor], Tensor]) -> Tensor:
     """Multiply all rows once per mask, and take from each product the rows with that mask.
 
     So nothing waits for an accelerator.

@@ -51,20 +51,20 @@ class ObjectiveKind:
     """What is known about an objective before its class is loaded (objectives/).
 
     keys: the keys of ObjectiveConfig that it reads. of_base: whether it compares the model with its base. remembers:
-    whether the base runs once per row instead of in every step. of_pairs: whether the data are preference pairs.
+    whether the base runs once per row instead of in every step. takes_pairs: whether the data are preference pairs.
     """
 
     keys: tuple[str, ...] = ()
     of_base: bool = False
     remembers: bool = False
-    of_pairs: bool = False
+    takes_pairs: bool = False
 
 
 OBJECTIVES = {
     "cross_entropy": ObjectiveKind(),
     "kl": ObjectiveKind(("beta",), of_base=True),
     "distill": ObjectiveKind(("teacher", "teacher_memory", "temperature", "weight")),
-    "dpo": ObjectiveKind(("beta", "label_smoothing"), of_base=True, remembers=True, of_pairs=True),
+    "dpo": ObjectiveKind(("beta", "label_smoothing"), of_base=True, remembers=True, takes_pairs=True),
 }
 HELD_OUT_SHARE = 0.1
 _MOST_LAYERS = 10_000  # no model has even a tenth of this
@@ -331,7 +331,7 @@ class DataConfig:
         """The sources of the text: source, or the source of each entry of sources."""
         return [self.source] if self.sources is None else [given.source for given in self.sources.values()]
 
-    def of_source(self, name: str) -> "DataConfig":
+    def source_config(self, name: str) -> "DataConfig":
         """Return the configuration for one entry of sources alone."""
         given = dataclasses.asdict((self.sources or {})[name])
         del given["weight"]
@@ -460,9 +460,9 @@ class ObjectiveConfig:
         return OBJECTIVES[self.name].of_base
 
     @property
-    def of_pairs(self) -> bool:
+    def takes_pairs(self) -> bool:
         """Whether the data are preference pairs."""
-        return OBJECTIVES[self.name].of_pairs
+        return OBJECTIVES[self.name].takes_pairs
 
 
 @dataclass

@@ -45,6 +45,6 @@ def state_bytes(scores: str, moments: str) -> float:
     return SCORE_FORMATS[scores].bytes + MOMENT_FORMATS[moments].bytes
 
 
-def at_most_as_wide(name: str, formats: Mapping[str, ScoreFormat] | Mapping[str, MomentsFormat]) -> list[str]:
+def formats_no_wider(name: str, formats: Mapping[str, ScoreFormat] | Mapping[str, MomentsFormat]) -> list[str]:
     """Return the name of this format, and the names of those with fewer bytes."""
     return [one for one, format in formats.items() if one == name or format.bytes < formats[name].bytes]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mft.checks import check_rule
 from mft.config import MaskConfig
 from mft.importance.importance import importance
-from mft.importance.scores import as_stored, dense_ranks
+from mft.importance.scores import dense_ranks, storage_layout
 from mft.masks.convert import check_unmasked, mask_model, masked_modules
 from mft.masks.targets import select_targets
 
@@ -37,7 +37,7 @@ def one_shot_mask(
     with torch.no_grad():
         for name, module in masked_modules(model).items():
             ranks = _row_ranks if method == "wanda" else _ranks
-            module.scores.copy_(as_stored(module, ranks(found.pop(name))))
+            module.scores.copy_(storage_layout(module, ranks(found.pop(name))))
     return model
 
 

@@ -164,7 +164,7 @@ def add_adapter(model: nn.Module, names: Iterable[str], options: Mapping[str, An
                 parameter.data = parameter.data.float()
         if kind == LN_TUNING:
             for module in _adapters(adapted):
-                module.register_forward_hook(_as_it_came)
+                module.register_forward_hook(_cast_back)
     return adapted
 
 
@@ -249,7 +249,7 @@ def _adapters(adapted: Any) -> dict[Any, str]:
     return {module: name.replace(".base_layer", "") for name, module in modules if isinstance(module, kind)}
 
 
-def _as_it_came(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _cast_back(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Return a norm's output in the dtype of its input, because its gains are fp32."""
     return output.to(args[0].dtype)
 

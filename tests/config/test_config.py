@@ -39,7 +39,7 @@ def test_sources_are_named_in_a_file_and_by_overrides(write, tmp_path):
     path = write("data: {sources: {chats: {source: ~/c.jsonl, weight: 3}, code: {source: stdlib}}}\n")
     data = load_config(path, ["data.sources.code.weight=0.5", "data.sources.more.source=b"]).data
     assert [(name, given.weight) for name, given in data.sources.items()] == [("chats", 3), ("code", 0.5), ("more", 1)]
-    assert data.of_source("chats") == DataConfig(source=data.sources["chats"].source)
+    assert data.source_config("chats") == DataConfig(source=data.sources["chats"].source)
     assert not data.sources["chats"].source.startswith("~")
     config = RunConfig(data=data)
     save_config(config, tmp_path / "saved.yaml")

@@ -155,15 +155,15 @@ def one_row_is_not_finite(way, processes):
 def one_lacks_memory(way, data, processes):
     """The second process lacks memory, in the last layer but one."""
     engine = MODES[way].engine
-    down = engine.down
+    backward = engine.backward_layer
 
     def failing(self, layer, *arguments):
         if processes.rank == 1 and layer == 2:
             raise RuntimeError(f"out of memory at layer {layer}")
-        return down(self, layer, *arguments)
+        return backward(self, layer, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "down", failing)
+        patch.setattr(engine, "backward_layer", failing)
         return failure(lambda: train_masks(make(way), data(), settings(), way=way, processes=processes))
 
 

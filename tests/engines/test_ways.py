@@ -103,8 +103,11 @@ def test_layerwise_holds_one_layers_gradients_on_the_device(at_once, separate):
     settings = TrainConfig(steps=1, batches_at_once=at_once)
     engine = place(model, way="layerwise").start(batch.input_ids[:1, :8], settings)
     held = []
-    down = engine.down
-    engine.down = lambda layer, *args: (held.append([m.grad is not None for m in engine.masks]), down(layer, *args))[1]
+    backward = engine.backward_layer
+    engine.backward_layer = lambda layer, *args: (
+        held.append([m.grad is not None for m in engine.masks]),
+        backward(layer, *args),
+    )[1]
     engine.step([batch, batch], 1.0, 1e-3, None, lambda *_: None)
     assert [sum(flags) for flags in held] == [7] * 8  # the seven linears of a layer; two micro-batches, four layers
     assert not any(m.grad is not None for m in engine.masks)
@@ -275,14 +278,14 @@ def test_lack_of_memory_names_layer_contents_and_remedy(way, monkeypatch):
         raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
 
     engine_of = mft.engines.mode.MODES[way].engine
-    down = engine_of.down
+    backward = engine_of.backward_layer
 
-    def down_until_layer_two(self, layer, *args):
+    def fail_after_layer_two(self, layer, *args):
         if layer == 2:
             monkeypatch.setattr(self.calls, "run", fail)
-        return down(self, layer, *args)
+        return backward(self, layer, *args)
 
-    monkeypatch.setattr(engine_of, "down", down_until_layer_two)
+    monkeypatch.setattr(engine_of, "backward_layer", fail_after_layer_two)
     with pytest.raises(RuntimeError) as caught:
         train(way, model)
     message = str(caught.value)

@@ -8,7 +8,7 @@ from tiny import WORDS, make_gpt2, make_llama, make_mistral
 from transformers import GenerationConfig, MambaConfig, MambaForCausalLM
 
 from mft.evaluation.continuation import continue_prompts, generating
-from mft.models.key_value_cache import reads_on
+from mft.models.key_value_cache import can_extend_cache
 
 DISTINCT = [[5, 6, 7, 8, 9, 10], [11], [12, 13, 14]]
 ORDER = [0, 0, 2, 1, 0, 1, 2]
@@ -60,7 +60,7 @@ def test_and_read_once_where_keys_and_values_are_all_that_is_remembered(make_mod
 @pytest.mark.parametrize("kind", ["openai-gpt", "bloom", "rwkv"])
 def test_an_attention_or_a_state_of_a_model_s_own_reads_every_prompt(kind):
     model = small_model(kind, SWEEPS[0].name, SWEEPS[0].kinds()[kind]).eval()
-    assert not reads_on(model)
+    assert not can_extend_cache(model)
     with torch.no_grad(), generating(model, settings()):
         first, again = continue_prompts([DISTINCT[0]] * 2, model, 0)
     assert first == again

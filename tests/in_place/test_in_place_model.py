@@ -89,7 +89,7 @@ def test_it_computes_as_the_masked_model():
         before = model(TOKENS).logits
         held = MasksInPlace(model)
         inside = model(TOKENS).logits
-        with held.lifted():
+        with held.use_whole_weights():
             base = model(TOKENS).logits
         again = model(TOKENS).logits
         held.close()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_mixtures import mixture
 
 import mft
-from mft.masks.in_place.model import as_masked, masks_in_place
+from mft.masks.in_place.model import masks_in_place, use_masked_layers
 
 PARTS = ("masks/in_place/layer.py", "masks/in_place/model.py", "masks/experts.py", "engines/in_place")
 PRODUCT = tuple(str(Path(mft.__file__).parent / part) for part in PARTS)
@@ -103,7 +103,7 @@ def close(model, interrupts):
 
 def save(model, interrupts):
     mft.in_place(model)
-    with interrupts, as_masked(model):
+    with interrupts, use_masked_layers(model):
         assert len(mft.masked_modules(model)) == 3
 
 

@@ -159,7 +159,7 @@ def test_gradients_equal_those_of_the_stateless_op_also_for_a_score_of_zero(mode
 
 def test_a_captured_graph_holds_the_selection_and_asks_the_host_nothing(selections, monkeypatch):
     scores = torch.tensor([[3.0, 1], [2, 4]])
-    monkeypatch.setattr(masking, "_capturing", lambda _: True)
+    monkeypatch.setattr(masking, "_is_capturing", lambda _: True)
     for values in ([[3.0, 1], [2, 4]], [[1.0, 3], [4, 2]]):
         scores.data = torch.tensor(values)
         mask = masking.current_mask(scores, 0.5, None, "magnitude")

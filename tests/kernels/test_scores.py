@@ -329,7 +329,7 @@ def test_scores_are_pickled_as_a_parameter_without_their_memo():
 
 def test_a_captured_cuda_graph_may_write_scores_for_ever_after(monkeypatch):
     layer = new_layer()
-    monkeypatch.setattr(masking, "_capturing", lambda _: True)
+    monkeypatch.setattr(masking, "_is_capturing", lambda _: True)
     layer(torch.randn(1, SIZE))
     monkeypatch.undo()
     layer(torch.randn(1, SIZE))

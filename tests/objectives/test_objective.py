@@ -8,7 +8,7 @@ from whole_logits import WAYS, Widths, assert_same, by_hand, make_masked, step
 
 from mft.config import OBJECTIVES, MaskConfig, TrainConfig
 from mft.data.batches import take_rows
-from mft.masks.base_pass import as_base
+from mft.masks.base_pass import use_whole_weights
 from mft.masks.convert import keep_all_weights, mask_model, masked_modules
 from mft.objectives.cross_entropy import CrossEntropy
 from mft.objectives.log_prob_objective import LogProbObjective, log_probs_of
@@ -140,7 +140,7 @@ def test_the_base_is_computed_without_looking_at_scores():
         with torch.no_grad():
             for module in masked_modules(model).values():
                 module.scores.fill_(torch.nan)
-            with as_base(model):
+            with use_whole_weights(model):
                 assert torch.allclose(model(tokens).logits, kept, atol=1e-6)
 
 

@@ -84,7 +84,7 @@ def compared(rank, folder, case):
     _put_rows(unread, rows, best if rank == 0 else {})
     put = rows.masks()
     found["best"] = [name for name, m in modules.items() if not torch.equal(put[name], own(m.packed_mask(), rank))]
-    found["flipped"] = rows.flipped(masks, put)
+    found["flipped"] = rows.flipped_share(masks, put)
     return found
 
 

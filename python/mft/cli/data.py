@@ -27,7 +27,7 @@ def run_data_show(config: RunConfig, split: str, count: int) -> None:
     dataset = splits.rows_of(split)
     pad = pad_of(tokenizer)
     for number, row in enumerate(_first_rows(dataset, count)):
-        heading, text = describe_row(row, tokenizer, pad, pairs=config.objective.of_pairs)
+        heading, text = describe_row(row, tokenizer, pad, pairs=config.objective.takes_pairs)
         of = "a stream" if isinstance(dataset, StreamedRows) else len(dataset)
         from_source = f" from {row['source']}" if row.get("source") else ""
         say(f"\n{split} row {number} of {of}{from_source}: {heading}", style="bold")

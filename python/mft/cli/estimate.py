@@ -251,7 +251,7 @@ def _budget_lines(shape: ModelShape, workload: Workload) -> list[str]:
     share = workload.budget
     if share is None:
         return []
-    weights = RunSizes(shape, WAYS["plain"].of(workload)).masked_weights
+    weights = RunSizes(shape, WAYS["plain"].adapt(workload)).masked_weights
     bits = -(share * math.log2(share) + (1 - share) * math.log2(1 - share))
     return [
         f"a budget of {share:g} drops at most {int(share * weights):,d} of {weights:,d} masked weights: a file of "

@@ -46,10 +46,10 @@ def run_evaluate(
     model, tokenizer = read_model(config.model)
     recorder, objective = Recorder(progress=Progress(console)), make_objective(config)
     ends = end_tokens(model, tokenizer)
-    found = find_answers(dataset, ends, pairs=config.objective.of_pairs) if answers else []
+    found = find_answers(dataset, ends, pairs=config.objective.takes_pairs) if answers else []
     asked = _short_answers(found, answers, longest_row(model.config))
     results, matches = {}, {}
-    for name in stages.reached(model, force=force):
+    for name in stages.each(model, force=force):
         results[name] = recorder.evaluate(f"{name}, {split}", model, dataset, objective=objective)
         if asked:
             say(f"{name}, {split}: answering {len(asked)} prompts", style="dim")
@@ -85,7 +85,7 @@ def run_lm_eval(
     stages = _Stages(config.model, masks, unquantized=unquantized)
     tasks = load_tasks(names, tasks_dir=tasks_dir, run_task_code=run_task_code, run_code=run_code)
     model, tokenizer = read_model(config.model)
-    results = {name: score_tasks(model, tokenizer, tasks, limit=limit) for name in stages.reached(model, force=force)}
+    results = {name: score_tasks(model, tokenizer, tasks, limit=limit) for name in stages.each(model, force=force)}
     console.print(task_table(results))
     say(stages.words)
     if output is not None:
@@ -121,7 +121,7 @@ class _Stages:
         self._base = model.name if self._kind is None else f"{model.name} in {self._kind}"
         self.words = base_words(self._kind, self._quantize_masked, first)
 
-    def reached(self, model: Any, *, force: bool) -> Iterator[str]:
+    def each(self, model: Any, *, force: bool) -> Iterator[str]:
         """Yield the name of each state while model is in it."""
         if self._kind is None:
             yield self._base

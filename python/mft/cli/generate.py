@@ -18,7 +18,7 @@ from mft.data.formats import Chat, read_messages
 from mft.data.record_files import read_files, read_lines, type_of
 from mft.data.tokenization import apply_template
 from mft.escaping import escaped
-from mft.evaluation.continuation import before_end, continue_all, end_tokens, generating
+from mft.evaluation.continuation import continue_all, end_tokens, generating, tokens_before
 from mft.evaluation.evaluated_base import base_words, learned_base
 from mft.evaluation.verifiers import same_text
 from mft.masks.bank import load_mask_bank
@@ -105,7 +105,7 @@ class Voices:
             found = continue_all(prompts, self.model, settings)
         texts = []
         for prompt, tokens in zip(prompts, found):
-            made = before_end(settings.eos_token_id, tokens)
+            made = tokens_before(settings.eos_token_id, tokens)
             cut = f" (cut after {len(made)} tokens)" if len(made) == settings.max_new_tokens else ""
             texts.append(self.text_after(prompt, made) + cut)
         return texts

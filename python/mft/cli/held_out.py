@@ -40,9 +40,9 @@ def config_of_data(run: str) -> RunConfig:
 
 def held_out_prompts(config: RunConfig, tokenizer: Any, ends: Sequence[int], count: int, seed: int) -> list[Prompt]:
     """Draw prompts of the validation data; of a text the first half. ends: the tokens that end an answer."""
-    rows = load_splits(config.data, tokenizer, pairs=config.objective.of_pairs).rows_of("validation")
-    found = find_answers(rows, ends, pairs=config.objective.of_pairs) or _halves(rows)
-    texts = _shown(found, tokenizer)
+    rows = load_splits(config.data, tokenizer, pairs=config.objective.takes_pairs).rows_of("validation")
+    found = find_answers(rows, ends, pairs=config.objective.takes_pairs) or _halves(rows)
+    texts = _prompt_texts(found, tokenizer)
     picked = random.Random(seed).sample(range(len(found)), min(count, len(found)))
     return [Prompt(texts[i], found[i].prompt, text_before(ends, found[i].completion, tokenizer)) for i in picked]
 
@@ -60,7 +60,7 @@ def _halves(rows: Any) -> list[Exchange]:
     return found
 
 
-def _shown(found: Sequence[Exchange], tokenizer: Any) -> list[str]:
+def _prompt_texts(found: Sequence[Exchange], tokenizer: Any) -> list[str]:
     """Return the prompts as texts, without the whole turns with which all begin, and the one with which all end."""
     prompts, special = [each.prompt for each in found], set(tokenizer.all_special_ids)
     start, end, heading = 0, 0, ""

@@ -53,7 +53,7 @@ class Row:
     m: int
     samples: Samples
 
-    def against(self, name: str, other: str) -> float:
+    def relative_time(self, name: str, other: str) -> float:
         """Return the time of ``name`` in units of ``other``."""
         return median_ratio(self.samples, name, other)
 
@@ -168,9 +168,11 @@ def table_of(rows: list[Row], size: int, *, busy: bool = False) -> Table:
         table.add_column(name, justify="right" if name else "left", no_wrap=not name)
     for row in rows:
         dense = sorted(row.samples[DENSE])[len(row.samples[DENSE]) // 2]
-        ours = [row.against(name, DENSE) for name in (SCORES, HELD)]
+        ours = [row.relative_time(name, DENSE) for name in (SCORES, HELD)]
         shown = [f"{ratio:.2f} {verdict(ratio, busy=busy):6}" for ratio in ours]
-        table.add_row(f"{row.op}, {row.dtype}", str(row.m), f"{dense:.3g}", *shown, f"{row.against(EAGER, DENSE):.2f}")
+        table.add_row(
+            f"{row.op}, {row.dtype}", str(row.m), f"{dense:.3g}", *shown, f"{row.relative_time(EAGER, DENSE):.2f}"
+        )
     return table
 
 
@@ -180,10 +182,10 @@ def conclusion(rows: list[Row], *, busy: bool = False) -> str:
         return "whether eager PyTorch is faster anywhere is left open: the machine was busy"
     taken = asked_for()
     worse = [
-        f"{row.op}, {row.dtype}, M = {row.m}, {name} ({row.against(name, EAGER):.2f} times eager)"
+        f"{row.op}, {row.dtype}, M = {row.m}, {name} ({row.relative_time(name, EAGER):.2f} times eager)"
         for row in rows
         for name in (SCORES, HELD)
-        if row.against(name, EAGER) > LEVEL
+        if row.relative_time(name, EAGER) > LEVEL
     ]
     if not worse:
         what = "what auto takes" if taken == "auto" else taken

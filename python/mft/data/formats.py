@@ -193,10 +193,10 @@ def _conversation(turns: Any, place: str) -> list[dict[str, Any]]:
     """Return ShareGPT's turns as messages; turns that are messages already stay."""
     if not isinstance(turns, list):
         raise ValueError(f"{place}: conversations must be a list of {{from, value}}, got {shown(turns)}")
-    return [_spoken(turn, f"{place}: conversations[{number}]") for number, turn in enumerate(turns)]
+    return [_read_turn(turn, f"{place}: conversations[{number}]") for number, turn in enumerate(turns)]
 
 
-def _spoken(turn: Any, where: str) -> dict[str, Any]:
+def _read_turn(turn: Any, where: str) -> dict[str, Any]:
     if isinstance(turn, dict) and turn.get("role") is not None:
         return _message(turn, where)
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
@@ -214,7 +214,7 @@ def _chat(row: dict[str, Any], messages: list[dict[str, Any]], place: str, *, fi
     tools = _tools(row.get("tools"), place)
     calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
     spoken = sum(len(message["content"]) for message in messages)
-    _check_length(spoken + sum(map(len, map(_as_json, (tools, *calls)))), place)
+    _check_length(spoken + sum(map(len, map(_json_text, (tools, *calls)))), place)
     answered = any(
         message["role"] == "assistant" and (message["content"].strip() or "tool_calls" in message)
         for message in messages[first:]
@@ -232,11 +232,11 @@ def _tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(f"{place}: tools must be a list of objects, or such a list as JSON, got {shown(given)}")
-    read_string({"tools": _as_json(tools)}, "tools", place)
+    read_string({"tools": _json_text(tools)}, "tools", place)
     return tools
 
 
-def _as_json(value: Any) -> str:
+def _json_text(value: Any) -> str:
     return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
 
 
@@ -265,7 +265,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     elif not isinstance(message["tool_calls"], list):
         raise ValueError(f"{where}.tool_calls must be a list, got {shown(message['tool_calls'])}")
     else:
-        read_string({"tool_calls": _as_json(message["tool_calls"])}, "tool_calls", where)
+        read_string({"tool_calls": _json_text(message["tool_calls"])}, "tool_calls", where)
     return message
 
 

@@ -73,7 +73,7 @@ def build_mix(
     for name, part in source.parts.items():
         with name_source(name):
             share = sources[name].weight / whole
-            built, said = build_splits(config.of_source(name), tokenizer, part, share, pairs=pairs)
+            built, said = build_splits(config.source_config(name), tokenizer, part, share, pairs=pairs)
         parts[name] = built
         notes += [f"{name}: {note}" for note in said]
     mix = {split: pool({name: built[split] for name, built in parts.items()}, parts) for split in SPLITS[1:]}

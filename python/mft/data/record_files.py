@@ -348,7 +348,7 @@ def _read_parquet(path: Path) -> _File:
     batches = [batch for _, _, batch, _ in _parquet_batches(path, _ROWS_AT_ONCE, kept=True)]
     schema = pyarrow.parquet.read_schema(path)
     table = pyarrow.Table.from_batches(batches) if batches else schema.empty_table()
-    return _of_table(table.select(columns_to_read(schema.names)), schema.names)
+    return _table_records(table.select(columns_to_read(schema.names)), schema.names)
 
 
 @contextlib.contextmanager
@@ -374,7 +374,7 @@ def _arrow_records(path: Path, start: Any, kept: bool) -> Iterator[Read]:
 def _read_arrow(path: Path) -> _File:
     with _map_content(path) as (content, names):
         content.validate(full=True)
-    return _of_table(content, names)
+    return _table_records(content, names)
 
 
 _RECORDS: dict[str, Callable[[Path, Any, bool], Iterator[Read]]] = {
@@ -393,7 +393,7 @@ def columns_to_read(names: list[str]) -> list[str]:
     return list(dict.fromkeys([*content_of(names), *pairs])) or names[:1]  # one column at least, to count rows
 
 
-def _of_table(table: pyarrow.Table, columns: list[str]) -> _File:
+def _table_records(table: pyarrow.Table, columns: list[str]) -> _File:
     # The metadata may declare pictures and sounds, which datasets would fetch from the places named there.
     return table.replace_schema_metadata(None), range(len(table)), columns
 

@@ -88,7 +88,7 @@ def open_source(config: DataConfig) -> Source:
     parts = {}
     for name in config.sources:
         with name_source(name):
-            parts[name] = _open(config.of_source(name))
+            parts[name] = _open(config.source_config(name))
     fingerprints = json.dumps([[name, part.fingerprint] for name, part in parts.items()])
     return Source(hashlib.sha256(fingerprints.encode()).hexdigest(), dict, parts=parts)
 
@@ -171,7 +171,7 @@ def _problems(config: DataConfig) -> Source:
 
 
 def _check_named(config: DataConfig, subsets: Sequence[str], source: str, why: str) -> None:
-    _only_defaults(config, f"{source} {why}", but=("subset",))
+    _check_defaults(config, f"{source} {why}", but=("subset",))
     subset = config.subset
     if subset not in (None, *subsets):
         raise ValueError(
@@ -181,7 +181,7 @@ def _check_named(config: DataConfig, subsets: Sequence[str], source: str, why: s
 
 
 def _single_file(path: Path, config: DataConfig) -> Source:
-    _only_defaults(
+    _check_defaults(
         config,
         f"the single file {path} has no splits, so name a directory with train and validation files",
         but=_SHARES,
@@ -419,7 +419,7 @@ def content_key(row: dict[str, Any], columns: Sequence[str]) -> bytes:
     return json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
 
 
-def _only_defaults(config: DataConfig, why: str, *, but: tuple[str, ...] = ()) -> None:
+def _check_defaults(config: DataConfig, why: str, *, but: tuple[str, ...] = ()) -> None:
     for key in ("subset", "split", "validation_split", *_SHARES):
         value = getattr(config, key)
         if value != getattr(DataConfig, key) and key not in but:

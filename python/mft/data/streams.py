@@ -274,7 +274,7 @@ def open_streamed(
     weights = {name: given.weight for name, given in (config.sources or {}).items()} or {"": 1.0}
     streams, held_out, notes = {}, {}, []
     for name, part in parts.items():
-        own = config.of_source(name) if name else config
+        own = config.source_config(name) if name else config
         with name_source(name):
             opened = _open(name, own, tokenizer, part, weights[name] / sum(weights.values()))
         streams[name], held_out[name], said = opened

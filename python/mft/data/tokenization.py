@@ -141,19 +141,19 @@ def _chat(chat: Chat, place: str, tokenizer: Any, assistant_only: bool) -> Encod
     if not assistant_only and not chat.first:
         return _whole(apply_template(tokenizer, chat, chat.messages, place)["input_ids"])
     if re.search(r"\{%-?\s*generation\b", template) is None:
-        return _by_prefixes(tokenizer, chat, place)
+        return _encode_prefixes(tokenizer, chat, place)
     output = apply_template(tokenizer, chat, chat.messages, place, return_assistant_tokens_mask=True)
     ids, scored = output["input_ids"], numpy.array(output["assistant_masks"], dtype=bool)
     prompt = chat.messages[: chat.first]
     if any(message["role"] == "assistant" for message in prompt):
         before = apply_template(tokenizer, chat, prompt, place)["input_ids"]
         if ids[: len(before)] != before:
-            raise _not_a_continuation(chat, chat.first, place)
+            raise _continuation_error(chat, chat.first, place)
         scored[: len(before)] = False
     return Encoded(_array(ids), numpy.where(scored, ids, IGNORED).astype(numpy.int32))
 
 
-def _by_prefixes(tokenizer: Any, chat: Chat, place: str) -> Encoded:
+def _encode_prefixes(tokenizer: Any, chat: Chat, place: str) -> Encoded:
     """Score each assistant turn: what the template adds after the generation prompt, up to the end-of-turn token."""
     messages = chat.messages
     ids = apply_template(tokenizer, chat, messages, place)["input_ids"]
@@ -165,7 +165,7 @@ def _by_prefixes(tokenizer: Any, chat: Chat, place: str) -> Encoded:
         if turn:
             before = apply_template(tokenizer, chat, messages[:turn], place, add_generation_prompt=True)["input_ids"]
         if not turn or after[: len(before)] != before or ids[: len(after)] != after:
-            raise _not_a_continuation(chat, turn, place)
+            raise _continuation_error(chat, turn, place)
         end = len(after)
         special = set(tokenizer.all_special_ids)
         closing = [i for i in range(len(before), end) if ids[i] in special]
@@ -186,7 +186,7 @@ def _check_calls(chat: Chat, template: str, place: str) -> None:
             )
 
 
-def _not_a_continuation(chat: Chat, turn: int, place: str) -> ValueError:
+def _continuation_error(chat: Chat, turn: int, place: str) -> ValueError:
     marks = "use a template with {% generation %} marks"
     remedy = f"give strings, or {marks}" if chat.first else f"{marks}, or set data.assistant_only to false"
     return ValueError(

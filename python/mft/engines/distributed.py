@@ -152,7 +152,7 @@ class Processes:
         dist.gather(padded.view(torch.uint8), parts)
         return None if whole is None else whole[:count]
 
-    def from_first(self, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def broadcast_first(self, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return the first process's tensor, of this shape and dtype, on all of them."""
         if self.count == 1:
             assert tensor is not None, "this process is the first one"

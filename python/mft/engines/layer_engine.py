@@ -26,7 +26,7 @@ from mft.engines.offload import Mover
 from mft.engines.placed import Placed
 from mft.engines.score_states import HeldMask, ScoreStates, grad_dtype, score_groups, score_optimizer
 from mft.engines.step import Runner, naming_lack_of_memory
-from mft.masks.base_pass import as_base
+from mft.masks.base_pass import use_whole_weights
 from mft.masks.budget import budget_of
 from mft.models.longrope import inputs_of
 
@@ -116,14 +116,14 @@ class LayerEngine(Runner):
         assert calls is not None, "a batch enters before it runs"
         return self.calls.run(layer, hidden, calls)
 
-    def up(self, layer: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
+    def forward_layer(self, layer: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
         with torch.no_grad(), self._name_place(f"layer {layer}, forward"):
             return self._run(layer, hidden, batch)
 
-    def up_base(self, layer: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
-        """Run the layer like up, but with every weight kept."""
-        with as_base(self.calls.layers[layer]):
-            return self.up(layer, hidden, batch)
+    def forward_base_layer(self, layer: int, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        """Run the layer like forward_layer, but with every weight kept."""
+        with use_whole_weights(self.calls.layers[layer]):
+            return self.forward_layer(layer, hidden, batch)
 
     def loss(
         self, batch: MicroBatch, hidden: Tensor, scale: float, base: Tensor | None = None
@@ -145,7 +145,7 @@ class LayerEngine(Runner):
         with torch.no_grad():
             return self.calls.leave(batch.input_ids.to(self.mover.device), hidden)
 
-    def down(self, layer: int, hidden: Tensor, grad: Tensor, batch: MicroBatch) -> Tensor | None:
+    def backward_layer(self, layer: int, hidden: Tensor, grad: Tensor, batch: MicroBatch) -> Tensor | None:
         """Return the gradient with respect to the layer's input, or None for the first masked layer."""
         with self._name_place(f"layer {layer}, backward"):
             hidden = hidden.detach().requires_grad_(layer > self.first)

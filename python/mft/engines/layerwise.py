@@ -102,7 +102,7 @@ class Layerwise(LayerEngine):
         visits = self._visit([self._outside, *range(self.depth), self._outside])
         hidden = self._enter(batches, visits)
         for _ in range(self.depth):
-            hidden = self._through(next(visits), hidden, batches)
+            hidden = self._forward_batches(next(visits), hidden, batches)
         next(visits)
         for batch, (state,) in zip(batches, self._take_each(hidden)):
             with torch.no_grad():
@@ -121,8 +121,8 @@ class Layerwise(LayerEngine):
         for _ in masked:
             layer = next(visits)
             boundaries.append(hidden)
-            base = self._through_base(layer, base, hidden, batches, referring)
-            hidden = self._through(layer, hidden, batches, keep=True)
+            base = self._forward_base_batches(layer, base, hidden, batches, referring)
+            hidden = self._forward_batches(layer, hidden, batches, keep=True)
         next(visits)
         grads = self._losses(batches, hidden, base, referring, scale, on_loss)
         return _Top(batches, visits, boundaries, grads)
@@ -143,19 +143,21 @@ class Layerwise(LayerEngine):
         """Return the inputs of the first masked layer, and cache them."""
         hidden = self._enter(batches, visits)
         for _ in range(self.first):
-            hidden = self._through(next(visits), hidden, batches)
+            hidden = self._forward_batches(next(visits), hidden, batches)
         if self.memory is not None:
             self.mover.finish()
             for batch, (state,) in zip(batches, hidden):
                 self.remember(batch, state.clone() if self.mover.separate else state)  # clone: the buffer is reused
         return hidden
 
-    def _through(self, layer: int, hidden: Resting, batches: Sequence[MicroBatch], *, keep: bool = False) -> Resting:
+    def _forward_batches(
+        self, layer: int, hidden: Resting, batches: Sequence[MicroBatch], *, keep: bool = False
+    ) -> Resting:
         """Run one layer on the hidden states of all micro-batches. The inputs' memory is reused unless keep is set."""
         states = self._bring_each(hidden) if keep else self._take_each(hidden)
-        return deque(self._rest(self.up(layer, state, batch)) for batch, (state,) in zip(batches, states))
+        return deque(self._rest(self.forward_layer(layer, state, batch)) for batch, (state,) in zip(batches, states))
 
-    def _through_base(
+    def _forward_base_batches(
         self, layer: int, base: Resting, hidden: Resting, batches: Sequence[MicroBatch], referring: list[MicroBatch]
     ) -> Resting:
         """Run the layer with all weights kept, for the batches in referring; the first one starts from hidden."""
@@ -165,13 +167,15 @@ class Layerwise(LayerEngine):
             states = self._bring_each([state for batch, state in zip(batches, hidden) if batch in referring])
         else:
             states = self._take_each(base)
-        return deque(self._rest(self.up_base(layer, state, batch)) for batch, (state,) in zip(referring, states))
+        return deque(
+            self._rest(self.forward_base_layer(layer, state, batch)) for batch, (state,) in zip(referring, states)
+        )
 
     def _recall_base(self, batches: Sequence[MicroBatch], referring: list[MicroBatch]) -> None:
         visits, hidden = self._begin(batches, [*range(self.first, self.depth), self._outside])
         base = Resting()
         for _ in range(self.first, self.depth):
-            base = self._through_base(next(visits), base, hidden, batches, referring)
+            base = self._forward_base_batches(next(visits), base, hidden, batches, referring)
         next(visits)
         for batch, (state,) in zip(referring, self._take_each(base)):
             self.remember_base(batch, state)
@@ -213,7 +217,7 @@ class Layerwise(LayerEngine):
         inputs = Resting()
         arriving = self._take_each(top.boundaries.pop()), self._take_each(top.grads)
         for batch, (hidden,), (grad,) in zip(top.batches, *arriving):
-            d_hidden = self.down(layer, hidden, grad, batch)
+            d_hidden = self.backward_layer(layer, hidden, grad, batch)
             if d_hidden is not None:
                 inputs.append(self._rest(d_hidden))
         top.grads = inputs

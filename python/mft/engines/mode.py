@@ -118,7 +118,7 @@ class ShardedMode(Mode):
             ScoreRows(model, processes, device)
         return model
 
-    def for_reading(self, placed: Placed) -> Mode:
+    def reading_mode(self, placed: Placed) -> Mode:
         """Return another mode for a model that is whole in host memory."""
         if score_rows(placed.model) is not None:
             return self

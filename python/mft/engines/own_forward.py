@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mft.data.batches import MicroBatch
 from mft.engines.placed import Placed
 from mft.engines.step import OnLoss, Reader, Runner, naming_lack_of_memory
-from mft.masks.base_pass import as_base
+from mft.masks.base_pass import use_whole_weights
 from mft.models.causal_lm import Run, evaluating
 from mft.models.frozen_layers import FrozenPrefix
 from mft.models.longrope import inputs_of
@@ -82,7 +82,7 @@ class OwnForward(Runner):
     def _base(self, batch: MicroBatch) -> Tensor:
         """Return the input of the head (B, T, D) with every weight kept and without dropout."""
         ids, positions = inputs_of(batch, self.model, self._device)
-        with evaluating(self.model), as_base(self.model):
+        with evaluating(self.model), use_whole_weights(self.model):
             return self._prefix(ids, batch.rows, positions)
 
     def _name_place(self, place: str) -> AbstractContextManager:

@@ -48,7 +48,7 @@ class Mode:
         if self.is_whole_on_device:
             model.to(device)
 
-    def for_reading(self, placed: "Placed") -> "Mode":
+    def reading_mode(self, placed: "Placed") -> "Mode":
         """Return the mode that evaluates such a model."""
         return self
 
@@ -108,7 +108,7 @@ class Placed:
 
     def read(self, sample: Tensor) -> Reader:
         """Return what runs the model without gradients; see Mode.place."""
-        return self.mode.for_reading(self).place(self, sample)
+        return self.mode.reading_mode(self).place(self, sample)
 
     @contextlib.contextmanager
     def reading(self, dataset, batch_size: int) -> Iterator[Reader]:

@@ -53,7 +53,7 @@ class Resident(LayerEngine):
         for batch in batches:
             hidden = self.enter(batch)
             for layer in range(self.depth):
-                hidden = self.up(layer, hidden, batch)
+                hidden = self.forward_layer(layer, hidden, batch)
             with torch.no_grad():
                 yield self.calls.leave(batch.input_ids.to(self.mover.device), hidden)
 
@@ -63,14 +63,14 @@ class Resident(LayerEngine):
         base = self._climb_base(batch, hidden) if self.objective.needs_reference(batch) else None
         for layer in range(self.first, self.depth):
             boundaries.append(self.mover.store(hidden))
-            hidden = self.up(layer, hidden, batch)
+            hidden = self.forward_layer(layer, hidden, batch)
         self.mover.let_go()
         return hidden, base
 
     def _climb_base(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
         """Return the base model's output for hidden, the input of the first masked layer."""
         for layer in range(self.first, self.depth):
-            hidden = self.up_base(layer, hidden, batch)
+            hidden = self.forward_base_layer(layer, hidden, batch)
         return hidden
 
     def recall(self, batches: Sequence[MicroBatch]) -> None:
@@ -88,7 +88,7 @@ class Resident(LayerEngine):
         if hidden is None:
             hidden = self.enter(batch)
             for layer in range(self.first):
-                hidden = self.up(layer, hidden, batch)
+                hidden = self.forward_layer(layer, hidden, batch)
             self.remember(batch, hidden)
         return hidden
 
@@ -99,7 +99,7 @@ class Resident(LayerEngine):
             (hidden,) = arriving.wait()
             self.mover.give_back(boundaries.pop())
             arriving = self.mover.bring(boundaries[-1:])
-            d_hidden = self.down(layer, hidden, grads.pop(), batch)
+            d_hidden = self.backward_layer(layer, hidden, grads.pop(), batch)
             grads += [] if d_hidden is None else [d_hidden]
             del d_hidden
 

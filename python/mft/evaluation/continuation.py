@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from mft.models.head_input import read_in_one_piece
-from mft.models.key_value_cache import read_on, reads_on
+from mft.models.key_value_cache import can_extend_cache, extend_cache
 from mft.models.longrope import switch_length
 
 _TOKENS_TOGETHER = 4096
@@ -18,8 +18,8 @@ _TOKENS_TOGETHER = 4096
 def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list[list[int]]:
     """Return the tokens that model.generate appends to each prompt, padded after eos up to the longest one.
 
-    Prompts are padded on the left. One that occurs several times is read once if key_value_cache.reads_on allows it. If
-    a row may pass the switch of longrope.py, each prompt is continued separately.
+    Prompts are padded on the left. One that occurs several times is read once if key_value_cache.can_extend_cache
+    allows it. If a row may pass the switch of longrope.py, each prompt is continued separately.
     """
     longest, switch = max(map(len, prompts)), switch_length(model)
     if len(prompts) > 1 and switch is not None and longest + model.generation_config.max_new_tokens > switch:
@@ -32,8 +32,8 @@ def continue_prompts(prompts: Sequence[list[int]], model: Any, pad: int) -> list
     seen = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in distinct], device=device)
     rows = torch.tensor([distinct.index(tuple(prompt)) for prompt in prompts], device=device)
     read = {}
-    if len(distinct) < len(prompts) and longest > 1 and reads_on(model):
-        _, cache = read_on(model, ids[:, :-1], seen[:, :-1])
+    if len(distinct) < len(prompts) and longest > 1 and can_extend_cache(model):
+        _, cache = extend_cache(model, ids[:, :-1], seen[:, :-1])
         cache.batch_select_indices(rows)
         read["cache"] = cache
     return model.generate(ids[rows], attention_mask=seen[rows], **read)[:, longest:].tolist()
@@ -79,11 +79,11 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
-def before_end(ends: Collection[int], tokens: Sequence[int]) -> list[int]:
+def tokens_before(ends: Collection[int], tokens: Sequence[int]) -> list[int]:
     """Return the tokens before the first of ends."""
     return list(itertools.takewhile(lambda token: token not in ends, tokens))
 
 
 def text_before(ends: Collection[int], tokens: Sequence[int], tokenizer: Any) -> str:
     """Return the text before the first of ends, without white space at its own ends."""
-    return tokenizer.decode(before_end(ends, tokens), clean_up_tokenization_spaces=False).strip()
+    return tokenizer.decode(tokens_before(ends, tokens), clean_up_tokenization_spaces=False).strip()

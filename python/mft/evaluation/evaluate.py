@@ -19,7 +19,7 @@ from mft.engines.distributed import ALONE
 from mft.engines.mode import place
 from mft.engines.placed import Placed
 from mft.engines.step import Reader
-from mft.masks.base_pass import as_base
+from mft.masks.base_pass import use_whole_weights
 from mft.masks.convert import masked_modules
 from mft.masks.in_place.model import masks_in_place
 from mft.models.next_tokens import check_next_tokens
@@ -184,7 +184,7 @@ def _states(
     for group in _groups(batches, reader.together):
         bases: list[Tensor] = []
         if objective.of_base and not is_base:
-            with as_base(model):
+            with use_whole_weights(model):
                 bases += [base.cpu() for base in reader.hidden_states(group)]
         objective.prepare(group)
         # The states come first in zip, so that the engine's iterator is exhausted.

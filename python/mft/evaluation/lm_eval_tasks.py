@@ -129,7 +129,7 @@ def task_table(results: Mapping[str, Sequence[TaskScore]]) -> Table:
     )
     columns = [{(score.task, score.metric): score for score in scores} for scores in results.values()]
     for task, metric in columns[0]:
-        table.add_row(task, metric, *(_shown(column.get((task, metric))) for column in columns))
+        table.add_row(task, metric, *(_score_text(column.get((task, metric))) for column in columns))
     return table
 
 
@@ -211,7 +211,7 @@ def _scores(name: str, result: dict[str, Any], samples: dict[str, dict[str, int]
     return scores
 
 
-def _shown(score: TaskScore | None) -> str:
+def _score_text(score: TaskScore | None) -> str:
     if score is None:
         return ""
     return f"{score.value:.4f}" + ("" if score.stderr is None else f" ± {score.stderr:.4f}")

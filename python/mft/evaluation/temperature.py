@@ -36,7 +36,7 @@ def fit_temperature(
     with evaluating(model), by_own_length(model):
         slopes = _Slopes(model, dataset, batch_size, first, memory)
         for _ in range(_PASSES):
-            slope, curvature = slopes.at(inverse)
+            slope, curvature = slopes.compute(inverse)
             check_rule(math.isfinite(slope), "logits", "be finite for a temperature", f"a slope of {slope}")
             low, high = (inverse, high) if slope < 0 else (low, inverse)
             step = -slope / curvature if curvature > 0 else math.copysign(math.inf, -slope)
@@ -67,7 +67,7 @@ class _Slopes:
         self._prefix = FrozenPrefix(model, first, memory, run)
 
     @torch.no_grad()
-    def at(self, inverse: float) -> tuple[float, float]:
+    def compute(self, inverse: float) -> tuple[float, float]:
         tokens, first, second = 0, 0.0, 0.0
         for start in range(0, len(self._dataset), self._batch_size):
             batch = take_rows(self._dataset, list(range(start, min(start + self._batch_size, len(self._dataset)))))

@@ -107,11 +107,13 @@ def _is_missing(error: BaseException, writing: bool) -> bool:
     if isinstance(error, GatedRepoError):
         return False
     missing = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, RevisionResolutionError)
-    return isinstance(error, missing) or (not writing and _status(error) == 401 and _BAD_TOKEN not in _said(error))
+    return isinstance(error, missing) or (
+        not writing and _status(error) == 401 and _BAD_TOKEN not in _server_message(error)
+    )
 
 
 def _words(error: BaseException, repository: str, revision: str | None, writing: bool) -> str:
-    status, said = _status(error), _said(error)
+    status, said = _status(error), _server_message(error)
     at = "" if revision is None else f" at revision {revision!r}"
     if isinstance(error, GatedRepoError):
         return (
@@ -146,7 +148,7 @@ def _status(error: BaseException) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
-def _said(error: BaseException) -> str:
+def _server_message(error: BaseException) -> str:
     """Return the hub's own words."""
     said = getattr(error, "server_message", None)
     if isinstance(error, HfHubHTTPError):

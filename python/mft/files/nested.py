@@ -67,13 +67,13 @@ class Nested:
     ) -> Any:
         """Return a cls; a section given in part keeps its defaults. Raises: ValueError with path and overrides."""
         try:
-            return self._built(self.cls, values, "")
+            return self._build(self.cls, values, "")
         except ValueError as error:
             origin = f"{path}: " if path is not None else ""
             after = f" (with the overrides {' '.join(overrides)})" if overrides else ""
             raise ValueError(f"{origin}{error}{after}") from None
 
-    def _built(self, cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    def _build(self, cls: type, values: Mapping[str, Any], prefix: str) -> Any:
         """Return a cls with these values. prefix: the path of the section and a dot, or "" for the whole."""
         if unknown := [str(name) for name in values if name not in _names(cls)]:
             raise self._unknown_key(unknown[0], prefix, _names(cls))
@@ -108,7 +108,7 @@ class Nested:
         for one, others in _REPLACES.items():
             if given.get(one) is not None:
                 kept = {name: value for name, value in kept.items() if name not in others}
-        return self._built(below.section_of(given, prefix), kept | dict(given), prefix)
+        return self._build(below.section_of(given, prefix), kept | dict(given), prefix)
 
     def _place(self, key: str, values: dict[str, Any]) -> tuple[list[str], type | None]:
         """Return (path of an override's key in values, the section at that path or None if it is a value)."""

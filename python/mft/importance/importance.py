@@ -174,13 +174,13 @@ def _input_norms(
         if experts:
             hooks.enter_context(watch_experts(model, add_squares_of_experts))
         for batch in batches:
-            real = _not_padding(batch.labels).flatten()
+            real = _content_positions(batch.labels).flatten()
             run(batch)
     norms = {name: total.sqrt().float() for name, total in sums.items()}
     return {name: norm.unsqueeze(1) if name in experts else norm for name, norm in norms.items()}
 
 
-def _not_padding(labels: Tensor) -> Tensor:
+def _content_positions(labels: Tensor) -> Tensor:
     """Return (B, T): True up to a row's last label. A row without labels is all True, as its padding is unknown."""
     labelled = (labels != -100).int()
     to_come = labelled.flip(1).cumsum(1).flip(1)

@@ -9,7 +9,7 @@ from mft.checks import check_one_of
 from mft.config import DATA_INITS, MaskConfig
 from mft.engines.mode import place
 from mft.importance.importance import input_norms, linear_modules, matrix_of
-from mft.importance.scores import as_stored, wanda_scores
+from mft.importance.scores import storage_layout, wanda_scores
 from mft.masks.peft_layers.layer import MaskExperts, MaskTunerLayer
 
 
@@ -42,5 +42,5 @@ def init_adapter_from_data(model: Any, mask: MaskConfig, dataset, *, batch_size:
         norms = input_norms(place(base), modules, dataset, rows=rows, batch_size=batch_size, seed=seed)
     for name, module in modules.items():
         wanted = wanda_scores(name, matrix_of(module), norms[name], mask)
-        scores[name].copy_(wanted if name in layers else as_stored(module, wanted))  # (N, K) also for a Conv1D
+        scores[name].copy_(wanted if name in layers else storage_layout(module, wanted))  # (N, K) also for a Conv1D
     return model

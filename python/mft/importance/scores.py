@@ -122,7 +122,7 @@ def dense_ranks(values: Tensor) -> Tensor:
     return values.unique(return_inverse=True)[1]
 
 
-def as_stored(module: Any, values: Tensor) -> Tensor:
+def storage_layout(module: Any, values: Tensor) -> Tensor:
     """Return values (N, K) or (E, N, K) in the layout in which the masked layer holds its scores."""
     return values.mT if is_transposed(module) else values
 
@@ -139,7 +139,7 @@ def _scale(values: Tensor) -> Tensor:
 @torch.no_grad()
 def _begin(module: Any, scores: Tensor) -> None:
     """Set the masked layer's scores to scores (N, K) or (E, N, K)."""
-    set_scores(module, as_stored(module, scores))
+    set_scores(module, storage_layout(module, scores))
 
 
 def _select(model: nn.Module, masked: Mapping[str, Any]) -> None:

@@ -46,14 +46,14 @@ class BankedExperts(MaskedExperts):
             layer.check_tasks(choice.tasks)
         if isinstance(choice, TaskPerRow):
             masked = frozenset(task for layer in layers.values() for task in layer.masks)
-            return mixed_experts(choice, self, masked, self._of_task, args, kwargs)
-        return self._of_task(choice.tasks[0], *args, **kwargs)
+            return mixed_experts(choice, self, masked, self._task_forward, args, kwargs)
+        return self._task_forward(choice.tasks[0], *args, **kwargs)
 
     def layers(self) -> dict[str, BankedGroupedLinear]:
         """Return the layers that hold masks, by projection name."""
         return {name: getattr(self, name) for name in self._projections}
 
-    def _of_task(self, task: str | None, *args: Any, **kwargs: Any) -> Tensor:
+    def _task_forward(self, task: str | None, *args: Any, **kwargs: Any) -> Tensor:
         return experts_forward(self, functools.partial(self._product, task), *args, **kwargs)
 
     def _product(self, task: str | None, name: str, x: Tensor, offsets: Tensor) -> Tensor:
@@ -83,12 +83,12 @@ def note_shapes(around: nn.Module, choice: Callable[[], Any]) -> list[RemovableH
         rows = choice()
         if isinstance(rows, TaskPerRow):
             given = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
-            rows.seen = next((tuple(hidden.shape) for hidden in given), ())
+            rows.input_shape = next((tuple(hidden.shape) for hidden in given), ())
 
     def after(module: nn.Module, args: tuple, output: Any) -> None:
         rows = choice()
         if isinstance(rows, TaskPerRow):
-            rows.seen = ()
+            rows.input_shape = ()
 
     return [around.register_forward_pre_hook(before, with_kwargs=True), around.register_forward_hook(after)]
 
@@ -111,8 +111,8 @@ def mixed_experts(
     given = [*args, *kwargs.values()]
     copies, total = copies_of_tokens(experts), len(given[0])
     if not copies or total % copies or not rows.has_flattened(total // copies):
-        raise rows.refusal(given[0].shape if rows.fit(rows.seen) else rows.seen or given[0].shape)
-    count, tokens = rows.seen[:2]
+        raise rows.refusal(given[0].shape if rows.fit(rows.input_shape) else rows.input_shape or given[0].shape)
+    count, tokens = rows.input_shape[:2]
     groups = rows.groups(masked, given[0].device)
     if len(groups.tasks) == 1:
         return of_task(groups.tasks[0], *args, **kwargs)

@@ -111,17 +111,17 @@ class TaskPerRow:
     def __init__(self, tasks: tuple[str | None, ...], argument: str = "tasks") -> None:
         self.tasks = tasks
         self._argument = argument  # the user's name for tasks, for messages
-        self._seen = threading.local()  # two calls under one choice may run in different threads
+        self._input = threading.local()  # two calls under one choice may run in different threads
         self._groups: dict[tuple, Groups] = {}  # cached by (masking tasks, device); layers share entries
 
     @property
-    def seen(self) -> tuple[int, ...]:
+    def input_shape(self) -> tuple[int, ...]:
         """Input shape (rows, tokens, ...) of the running module that flattens rows, () outside; see note_shapes."""
-        return getattr(self._seen, "shape", ())
+        return getattr(self._input, "shape", ())
 
-    @seen.setter
-    def seen(self, shape: tuple[int, ...]) -> None:
-        self._seen.shape = shape
+    @input_shape.setter
+    def input_shape(self, shape: tuple[int, ...]) -> None:
+        self._input.shape = shape
 
     def product(self, layer: BankedLinear, x: Tensor) -> Tensor:
         layer.check_tasks(self.tasks)
@@ -130,7 +130,7 @@ class TaskPerRow:
     def mixed(self, x: Tensor, weight: Tensor, masks: Mapping[str | None, Tensor], bias: Tensor | None) -> Tensor:
         """Compute (rows, ..., K) -> (rows, ..., N) with weight (N, K) and the masks of the rows' tasks, if any."""
         if x.dim() == 2 and self.has_flattened(len(x)):
-            return self.mixed(x.unflatten(0, self.seen[:2]), weight, masks, bias).flatten(0, 1)
+            return self.mixed(x.unflatten(0, self.input_shape[:2]), weight, masks, bias).flatten(0, 1)
         if not self.fit(x.shape):
             raise self.refusal(x.shape)
         groups = self.groups(frozenset(masks), x.device)
@@ -152,7 +152,7 @@ class TaskPerRow:
 
     def has_flattened(self, count: int) -> bool:
         """Return whether ``count`` is the number of tokens of all rows together, flattened."""
-        return self.fit(self.seen) and count == self.seen[0] * self.seen[1]
+        return self.fit(self.input_shape) and count == self.input_shape[0] * self.input_shape[1]
 
     def refusal(self, shape: Sequence[int]) -> ValueError:
         """Return the error for an input of this shape, whose rows do not match the tasks."""

@@ -14,7 +14,7 @@ from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear
 
 
 @contextlib.contextmanager
-def as_base(*modules: nn.Module) -> Iterator[None]:
+def use_whole_weights(*modules: nn.Module) -> Iterator[None]:
     """Make the masked layers in these modules compute with their whole weight, whatever their scores or masks are.
 
     For passes without gradients. The result equals convert.keep_all_weights up to the order of sums. The scores are not
@@ -24,7 +24,7 @@ def as_base(*modules: nn.Module) -> Iterator[None]:
     masked = [layer for module in modules for layer in module.modules() if isinstance(layer, MaskedLayer)]
     with contextlib.ExitStack() as lifted:
         for found in filter(None, map(masks_in_place, modules)):
-            lifted.enter_context(found.lifted())
+            lifted.enter_context(found.use_whole_weights())
         with replace_forwards(masked, _whole):
             yield
 

@@ -26,7 +26,7 @@ from mft.models.linears import layer_index, layer_stacks
 from mft.models.parallel import check_no_deepspeed, check_unsharded, unwrapped
 from mft.number_formats import unless_auto
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention, fixed_from_float
-from mft_kernels.internal import check_alpha, filled, linear_on, without
+from mft_kernels.internal import check_alpha, copy_without, filled, linear_on
 
 
 def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
@@ -250,7 +250,7 @@ def masked_layer(source: Any, name: str, config: MaskConfig) -> MaskedLinear:
     masked = MaskedLinear.from_linear(as_linear(source), **_scores_options(name, config, source.weight))
     masked.module_name = name
     if type(source) is not nn.Linear:
-        attach(masked, replaced=without(source, "weight", "bias"))
+        attach(masked, replaced=copy_without(source, "weight", "bias"))
     return masked
 
 

@@ -185,7 +185,7 @@ def _routed(self: Any, project: Project, hidden_states: Tensor, top_k_index: Ten
     found = flags(self)
     assert found is not None, f"{class_name(self)} has no forward of its own in _FORWARDS"
     rows = RoutedRows(top_k_index, self.num_experts)
-    x = rows.of_experts(hidden_states)
+    x = rows.expert_rows(hidden_states)
     if found["has_gate"]:
         x = self._apply_gate(project("gate_up_proj", x, rows.offsets))
     else:
@@ -193,7 +193,7 @@ def _routed(self: Any, project: Project, hidden_states: Tensor, top_k_index: Ten
     x = project("down_proj", x, rows.offsets)
     if found["has_post_expert_norm"]:
         x = self.post_expert_norm(x)
-    return rows.of_tokens(x, top_k_weights).to(hidden_states.dtype)
+    return rows.token_sums(x, top_k_weights).to(hidden_states.dtype)
 
 
 def _llama4(self: Any, project: Project, hidden_states: Tensor) -> Tensor:

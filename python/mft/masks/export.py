@@ -43,7 +43,7 @@ from mft.masks.export_format import (
     read_tensors,
     read_whole_export,
 )
-from mft.masks.in_place.model import as_masked
+from mft.masks.in_place.model import use_masked_layers
 from mft.masks.inspection import kept_weights
 from mft.masks.location import masks_directory
 from mft.masks.saved_modules import check_saved_tensors, put_saved_tensors, saved_modules, saved_tensors
@@ -89,7 +89,7 @@ def save_masks(
     model = unwrapped(model)
     check_unwrapped(model)
     target = Path(directory)
-    with as_masked(model):
+    with use_masked_layers(model):
         masked = masked_modules(model)
         if not masked:
             raise nothing_to_save_error(model)
@@ -229,7 +229,7 @@ def base_hash(model: nn.Module, names: Iterable[str] | None = None) -> str:
     Args: names: the layers, by default the masked ones. Weights are read in chunks, never copied whole.
     Raises: ValueError if a layer's exact weight is gone, because it was quantised without keep_base_hash.
     """
-    with as_masked(model):
+    with use_masked_layers(model):
         hashed = set(masked_modules(model) if names is None else names)
         quantized = sorted(hashed & quantized_weights(model).keys())
         known, found = attached(model).exact_base or (set(), "")

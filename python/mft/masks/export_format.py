@@ -95,7 +95,7 @@ class MaskExport:
 
     def to_json(self) -> str:
         """Return the JSON text, with one module per line."""
-        fields = _said(self)
+        fields = _content_fields(self)
         modules = [json.dumps(entry) for entry in fields.pop("modules")]
         version: dict[str, Any] = {"format_version": BY_NAME[self.coding].version}
         if self.coding != CODINGS[0]:
@@ -311,7 +311,7 @@ def _is_of_peft(values: dict) -> bool:
     return "inference_mode" in values
 
 
-def _said(export: MaskExport) -> dict[str, Any]:
+def _content_fields(export: MaskExport) -> dict[str, Any]:
     """Return the fields of the content."""
     fields = dataclasses.asdict(export)
     del fields["coding"]
@@ -382,7 +382,7 @@ def _hash_of(
     export: MaskExport, masks: Iterable[tuple[str, Iterable[NDArray]]], saved: Iterable[tuple[str, Tensor]]
 ) -> str:
     """Return content_hash, given masks and saved tensors in the order of their names, and a mask's words in pieces."""
-    said = {key: value for key, value in _said(export).items() if key != "content_hash"}
+    said = {key: value for key, value in _content_fields(export).items() if key != "content_hash"}
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     for name, pieces in masks:
         digest.update(f"\0{name}\0".encode())

@@ -69,15 +69,15 @@ def fetch_masks(
     Args: token, cache_dir, local_files_only: as for hf_hub_download. Raises: as local_directory.
     """
     cache = None if cache_dir is None else str(cache_dir)
-    if COMMIT.fullmatch(revision or "") and (there := _in_cache(repository, str(revision), cache)):
+    if COMMIT.fullmatch(revision or "") and (there := _cached_directory(repository, str(revision), cache)):
         return there
     api = HfApi(token=token)
     if local_files_only or not hub_is_reachable():
         reason = "local_files_only is True" if local_files_only else unreachable()
-        return _cached(api, repository, revision, cache, reason)
+        return _find_offline(api, repository, revision, cache, reason)
     with translate_hub_errors(repository, revision):
         commit = api.resolve_revision(repository, revision=revision, cache_dir=cache).resolved
-    if there := _in_cache(repository, commit, cache):
+    if there := _cached_directory(repository, commit, cache):
         return there
     with translate_hub_errors(repository, revision):
         found = api.get_paths_info(repository, [CONFIG_FILE, MASK_FILE], revision=commit)
@@ -92,14 +92,14 @@ def fetch_masks(
     return path.parent
 
 
-def _cached(api: HfApi, repository: str, revision: str | None, cache: str | None, reason: str) -> Path:
+def _find_offline(api: HfApi, repository: str, revision: str | None, cache: str | None, reason: str) -> Path:
     """Return the cached export of a repository, for use when the Hub cannot be reached."""
     try:
         with translate_hub_errors(repository, revision):
             commit = api.resolve_revision(
                 repository, revision=revision, cache_dir=cache, local_files_only=True
             ).resolved
-        directory = _in_cache(repository, commit, cache)
+        directory = _cached_directory(repository, commit, cache)
     except NotOnHub:
         directory = None
     if directory is None:
@@ -108,7 +108,7 @@ def _cached(api: HfApi, repository: str, revision: str | None, cache: str | None
     return directory
 
 
-def _in_cache(repository: str, commit: str, cache: str | None) -> Path | None:
+def _cached_directory(repository: str, commit: str, cache: str | None) -> Path | None:
     files = (CONFIG_FILE, MASK_FILE)
     paths = [try_to_load_from_cache(repository, name, cache_dir=cache, revision=commit) for name in files]
     return Path(str(paths[0])).parent if all(isinstance(path, str) for path in paths) else None

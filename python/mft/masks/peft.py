@@ -334,7 +334,7 @@ def _mask_layers(model: nn.Module) -> list[MaskTunerLayer]:
 @torch.no_grad()
 def _begin_budget(layers: list[MaskTunerLayer], name: str, config: MaskPeftConfig, budget: Budget) -> None:
     """Let the layers share one threshold. TRL's reference adapter has its scores already, and its budget stays."""
-    pairs = [pair for layer in layers for pair in layer.learned_on(name)]
+    pairs = [pair for layer in layers for pair in layer.scores_and_weights(name)]
     if name != TRL_REFERENCE:
         attach(config, budget=budget)
         if config.init == "magnitude" and not any(weight.is_meta for _, weight in pairs):

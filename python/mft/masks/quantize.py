@@ -88,7 +88,7 @@ def rounded_weights(model: nn.Module, kind: str = "nf4") -> dict[str, Tensor]:
     quantizer(kind).check_library()
     _check_unquantized(model)
     found: dict[str, Tensor] = {}
-    for name, (own_name, as_matrix) in _coded(model).items():
+    for name, (own_name, as_matrix) in _matrix_views(model).items():
         weight = model.get_parameter(own_name).detach()
         found[own_name] = torch.empty_like(weight, memory_format=torch.contiguous_format)
         try:
@@ -100,11 +100,11 @@ def rounded_weights(model: nn.Module, kind: str = "nf4") -> dict[str, Tensor]:
 
 def coded_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Return the shape (N, K) of each matrix that quantize_model would quantise in an unmasked model, by parameter."""
-    found = {name: as_matrix(model.get_parameter(name).detach()) for name, as_matrix in _coded(model).values()}
+    found = {name: as_matrix(model.get_parameter(name).detach()) for name, as_matrix in _matrix_views(model).values()}
     return {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in found.items()}
 
 
-def _coded(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
+def _matrix_views(model: nn.Module) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
     """Return by layer its parameter's name, and a function that views a contiguous one as the matrix to quantise."""
     found: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {}
     for name in _quantizable(model, False):
@@ -186,7 +186,7 @@ class QuantizedMaskedLinear(MaskedLinear):
         try:
             mask = current_mask(self.scores, self.keep_ratio, self.threshold, self.mode)
         except NonFiniteScores as error:
-            raise self._named(error) from None
+            raise self._name_error(error) from None
         return masked_product(x, self.quantized, mask, self.scores, self.bias, mode=self.mode)
 
     def merge(self, *, alpha: float = 1.0) -> nn.Linear:
@@ -218,7 +218,7 @@ class QuantizedMaskedGroupedLinear(MaskedGroupedLinear):
         try:
             mask = current_mask(self.scores, self.keep_ratio, self.threshold, self.mode)
         except NonFiniteScores as error:
-            raise self._named(error) from None
+            raise self._name_error(error) from None
         return _GroupedMaskedProduct.apply(x, self.scores, self.bias, offsets, self, mask)
 
 

@@ -62,7 +62,7 @@ def estimate(shape: ModelShape, workload: Workload) -> Estimate:
     for name in ("scores", "moments"):
         check_rule(getattr(workload, name) != AUTO, name, "be a format here: see choose", AUTO)
     way = WAYS[workload.memory]
-    run = RunSizes(shape, way.of(workload))
+    run = RunSizes(shape, way.adapt(workload))
     phases, host, loading = way.phases(run), way.host(run), way.loading(run)
     for sizes in phases.values():
         sizes["teacher"] = workload.teacher_bytes

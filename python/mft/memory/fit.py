@@ -8,7 +8,7 @@ from mft.memory.estimate import Estimate, estimate
 from mft.memory.shapes import ModelShape
 from mft.memory.ways import WAYS, ways_over
 from mft.memory.workload import Workload
-from mft.number_formats import AUTO, MOMENT_FORMATS, SCORE_FORMATS, at_most_as_wide
+from mft.number_formats import AUTO, MOMENT_FORMATS, SCORE_FORMATS, formats_no_wider
 from mft.quantizers import DEFAULT
 
 # Bytes of the device on top of the allocated ones: a CUDA context (about 0.4 GB), cuBLAS's workspace (up to 32 MiB) and
@@ -95,7 +95,7 @@ def _formats(workload: Workload) -> list[Workload]:
 
 def _choose_way(shape: ModelShape, workload: Workload, device_bytes: float | None, host_bytes: float | None) -> Choice:
     """Choose the memory mode for a workload whose formats are set."""
-    fitted = {name: _fit_batches(shape, way.of(workload), device_bytes, host_bytes) for name, way in WAYS.items()}
+    fitted = {name: _fit_batches(shape, way.adapt(workload), device_bytes, host_bytes) for name, way in WAYS.items()}
     estimates = {name: found for name, (_, found) in fitted.items()}
     refusals = {}
     for name, found in estimates.items():
@@ -185,8 +185,8 @@ def _nearest(
 
 def _variants(workload: Workload) -> Iterator[tuple[int, Workload]]:
     """Yield (cost, workload) for every combination of changes and every memory mode."""
-    moments = ["8bit"] if workload.moments == AUTO else at_most_as_wide(workload.moments, MOMENT_FORMATS)
-    scores = ["int16", "bfloat16"] if workload.scores == AUTO else at_most_as_wide(workload.scores, SCORE_FORMATS)
+    moments = ["8bit"] if workload.moments == AUTO else formats_no_wider(workload.moments, MOMENT_FORMATS)
+    scores = ["int16", "bfloat16"] if workload.scores == AUTO else formats_no_wider(workload.scores, SCORE_FORMATS)
     bases = [(workload.quantization, workload.quantize_masked and workload.quantization is not None)]
     bases += [base for base in ((DEFAULT, False), (DEFAULT, True)) if base not in bases]
     rows = _halvings(workload.micro_batch, 1)

@@ -34,7 +34,7 @@ class Way:
             return None
         return asked if asked is not None or self.over_exact else DEFAULT
 
-    def of(self, workload: Workload) -> Workload:
+    def adapt(self, workload: Workload) -> Workload:
         """Return the workload in this mode: with a quantised base if the mode needs one, without if it has none."""
         quantization = self.base(workload.quantization)
         masked = workload.quantize_masked and quantization is not None

@@ -87,11 +87,11 @@ class RoutedRows:
         experts = torch.arange(num_experts, device=chosen.device, dtype=chosen.dtype)
         self.offsets = torch.searchsorted(chosen, experts, right=True, out_int32=True)
 
-    def of_experts(self, hidden: Tensor) -> Tensor:
+    def expert_rows(self, hidden: Tensor) -> Tensor:
         """Return the tokens' hidden states (T, H) as rows (T * k, H), sorted by expert."""
         return _Gathered.apply(hidden, self.order, self.places, self.top_k)
 
-    def of_tokens(self, rows: Tensor, weights: Tensor) -> Tensor:
+    def token_sums(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Return (T, H): for each token the sum of its rows, weighted by the router's weights (T, k)."""
         weighted = rows * weights.reshape(-1).index_select(0, self.order).unsqueeze(-1)
         placed = _Placed.apply(weighted, self.places, self.order)

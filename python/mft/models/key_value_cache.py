@@ -17,14 +17,16 @@ def other_cache_layers(model: Any) -> list[str]:
     return sorted(kind.__name__ for kind in kinds - {DynamicLayer, DynamicSlidingWindowLayer})
 
 
-def reads_on(model: Any) -> bool:
-    """Return whether read_on supports this model: its attention is transformers' own, and it keeps no other state."""
+def can_extend_cache(model: Any) -> bool:
+    """Return whether extend_cache supports this model: with transformers' own attention and no other state."""
     takes = "cache" in inspect.signature(decoder_of(model).forward).parameters
     own = getattr(model, "_supports_attention_backend", False)
     return takes and own and not other_cache_layers(model)
 
 
-def read_on(model: Any, ids: Tensor, seen: Tensor, cache: DynamicCache | None = None) -> tuple[Tensor, DynamicCache]:
+def extend_cache(
+    model: Any, ids: Tensor, seen: Tensor, cache: DynamicCache | None = None
+) -> tuple[Tensor, DynamicCache]:
     """Return (hidden states (B, T, D) of ids, the cache with ids added). seen: (B, cached + T), 0 on padding."""
     cache = DynamicCache(config=model.config) if cache is None else cache
     decoder: Any = decoder_of(model)

@@ -165,7 +165,7 @@ def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
         stacks = {name: stack for name, stack in stacks.items() if id(stack) in inside} or stacks
         configs = [config.get_text_config(decoder=True)]
     else:
-        configs = list(_with_parts(config))
+        configs = list(_config_parts(config))
     depths = set().union(*map(_depths, configs))
     return {name: stack for name, stack in stacks.items() if len(stack) in depths} or stacks
 
@@ -207,12 +207,12 @@ def _depths(config: Any) -> set[int]:
     return lengths | {value for value in found if type(value) is int}
 
 
-def _with_parts(config: Any) -> Iterator[Any]:
+def _config_parts(config: Any) -> Iterator[Any]:
     """Yield the configuration and its sub-configurations."""
     yield config
     for name in getattr(config, "sub_configs", ()):
         if getattr(config, name, None) is not None:
-            yield from _with_parts(getattr(config, name))
+            yield from _config_parts(getattr(config, name))
 
 
 def _looks_linear(module: nn.Module) -> bool:

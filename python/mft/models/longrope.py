@@ -33,7 +33,7 @@ def switch_length(model: Any) -> int | None:
 def by_own_length(model: nn.Module) -> Iterator[None]:
     """Make each example use the frequencies of its own length in this context. Other models stay unchanged."""
     rotary = [] if switch_length(model) is None else [m for m in model.modules() if hasattr(m, "rope_type")]
-    handles = [module.register_forward_hook(_by_own_length, with_kwargs=True) for module in rotary]
+    handles = [module.register_forward_hook(_own_length_rotations, with_kwargs=True) for module in rotary]
     try:
         yield
     finally:
@@ -69,7 +69,7 @@ def _switches(rope: dict[str, Any]) -> bool:
     return rope.get("rope_type") == "longrope"
 
 
-def _by_own_length(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+def _own_length_rotations(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     """Return the cosines and sines (B, T, D), taking for each position the set of frequencies that fits its example."""
     call = inspect.signature(module.forward).bind(*args, **kwargs)
     positions, kind = call.arguments["position_ids"], call.arguments.get("layer_type")

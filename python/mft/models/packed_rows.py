@@ -64,7 +64,7 @@ def check_kept_apart(model: nn.Module, few: Tensor, batch_size: int, longest: in
     if not takes_positions(decoder_of(model)):
         raise ValueError(f"data.packing must be false for {name}, which takes no position_ids: examples see each other")
     with evaluating(model):
-        together, apart = (_moved(run, model, rows, others, half, where) for where in (None, positions))
+        together, apart = (_hidden_difference(run, model, rows, others, half, where) for where in (None, positions))
     if not apart <= _LEAK * together:
         raise ValueError(
             f"data.packing must be false for {name}, because its examples see other examples of their row: an "
@@ -107,7 +107,9 @@ def positions_of(decoder: nn.Module, seen: Tensor) -> Tensor | None:
     return (seen.cumsum(-1) - 1).clamp(min=0) if takes_positions(decoder) else None
 
 
-def _moved(run: Run, model: nn.Module, rows: Tensor, others: Tensor, half: int, positions: Tensor | None) -> float:
+def _hidden_difference(
+    run: Run, model: nn.Module, rows: Tensor, others: Tensor, half: int, positions: Tensor | None
+) -> float:
     """Return how much the second half's hidden states differ between two first halves. NaN counts as no difference."""
     one, other = (run(model, ids, positions)[:, half:].float() for ids in (rows, others))
     return (one - other).nan_to_num().abs().max().item()

@@ -64,12 +64,12 @@ def load_model(config: ModelConfig | str, *, sequence_length: int | None = None)
     Raises: ValueError if config.name is no causal language model, or cannot be reached; it says what to do.
     """
     config = ModelConfig(config) if isinstance(config, str) else config
-    return _reached(config, partial(_load, sequence_length=sequence_length), weights=True)
+    return _load_named(config, partial(_load, sequence_length=sequence_length), weights=True)
 
 
 def load_tokenizer(config: ModelConfig, *, sequence_length: int | None = None) -> Any:
     """Load the tokenizer of load_model without the model. Raises as load_model, except for errors about weights."""
-    return _reached(config, partial(_load_tokenizer, sequence_length=sequence_length))
+    return _load_named(config, partial(_load_tokenizer, sequence_length=sequence_length))
 
 
 def load_unread(config: ModelConfig) -> tuple[Any, Any]:
@@ -77,12 +77,12 @@ def load_unread(config: ModelConfig) -> tuple[Any, Any]:
 
     weight_files(model) reads them. A model in another format, such as a quantised one, is loaded as load_model does.
     """
-    return _reached(config, partial(_load, sequence_length=None, unread=True), weights=True)
+    return _load_named(config, partial(_load, sequence_length=None, unread=True), weights=True)
 
 
 def load_outline(config: ModelConfig) -> Any:
     """Build the model of load_model on the meta device: modules and shapes only. No weight is read."""
-    return _reached(config, _load_outline)
+    return _load_named(config, _load_outline)
 
 
 def smollm2_directory(dtype: str = "bfloat16") -> Path:
@@ -123,7 +123,7 @@ def save_model(
     return target
 
 
-def _reached(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *, weights: bool = False) -> Any:
+def _load_named(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *, weights: bool = False) -> Any:
     """Return load(directory, config) for config.name's directory. weights: whether to fetch the Hub's weights too."""
     name = config.name
     path = Path(name)
@@ -143,7 +143,7 @@ def _reached(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *, we
             f"model.name must be a model that exists, got {name!r}: no such file or directory{nearest_path(path)}"
         )
     else:
-        return _from_hub(config, load, weights=weights)
+        return _load_from_hub(config, load, weights=weights)
     return load(str(source), config)
 
 
@@ -250,7 +250,7 @@ def _prepared(model: Any, tokenizer: Any, name: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _from_hub(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *, weights: bool) -> Any:
+def _load_from_hub(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *, weights: bool) -> Any:
     name = config.name
     hint = nearest(name.rpartition("/")[2], SHORTHANDS)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):

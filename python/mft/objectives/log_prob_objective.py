@@ -36,9 +36,9 @@ class LogProbObjective(Objective):
         states, targets = scored_states(hidden, batch), scored_targets(batch, hidden.device)
         if any(p.requires_grad for p in head.parameters()):
             total, factors = self._factors(log_probs_of(head, hidden, batch), batch, base)
-            _, grads = _with_gradients(head, states, targets, factors * scale)
+            _, grads = _log_probs_and_gradients(head, states, targets, factors * scale)
         else:
-            log_probs, grads = _with_gradients(head, states, targets, None)
+            log_probs, grads = _log_probs_and_gradients(head, states, targets, None)
             total, factors = self._factors(log_probs, batch, base)
             grads = (grads * (factors * scale).unsqueeze(-1)).to(states.dtype)
         if len(targets) and states.requires_grad:
@@ -76,7 +76,9 @@ def log_probs_of(head: nn.Module, hidden: Tensor, batch: MicroBatch) -> Tensor:
     return found
 
 
-def _with_gradients(head: nn.Module, states: Tensor, targets: Tensor, factors: Tensor | None) -> tuple[Tensor, Tensor]:
+def _log_probs_and_gradients(
+    head: nn.Module, states: Tensor, targets: Tensor, factors: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return log p (M,), and the gradient (M, D) of sum(factors * log p); without factors they are 1."""
     factors = torch.ones(len(targets), device=states.device) if factors is None else factors
     log_probs, grads = torch.empty(len(targets), device=states.device), torch.empty_like(states)

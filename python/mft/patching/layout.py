@@ -32,7 +32,7 @@ class Layout:
         config = outline.config
         self._processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=config.to_dict())
         self._parameters = {name: self._parameter(name) for name in layers}
-        self._names = self._named(header)
+        self._names = self._parameter_names(header)
         tensors: dict[str, list[GgufTensor]] = {}
         for tensor in header.tensors.values():
             # The experts' tensors have the suffix .weight, but their parameters do not.
@@ -60,7 +60,7 @@ class Layout:
             *_, width = tensor.shape
             rows = np.arange(1, math.prod(tensor.shape) // width + 1, dtype=np.int32).reshape(*tensor.shape[:-1], 1)
             sent = np.broadcast_to(rows, tensor.shape)
-            came = self._sent(name, tensor, sent)
+            came = self._process(name, tensor, sent)
             if came is sent:
                 self._check_shape(name, tensor.shape)
                 found += len(dropped)
@@ -69,7 +69,7 @@ class Layout:
             self._check_shape(name, came.shape)
             place = np.unravel_index(dropped, came.shape)
             row = came[place].astype(np.int64) - 1
-            column = self._sent(name, tensor, np.broadcast_to(np.arange(width, dtype=np.int32), tensor.shape))[place]
+            column = self._process(name, tensor, np.broadcast_to(np.arange(width, dtype=np.int32), tensor.shape))[place]
             ours = row >= 0  # row numbers are from 1 on; 0, here -1, marks weights that another tensor fills
             found += int(ours.sum())
             yield tensor, np.sort(row[ours] * width + column[ours])
@@ -81,7 +81,7 @@ class Layout:
 
     def weight(self, name: str, values: dict[str, np.ndarray]) -> np.ndarray:
         """Return a layer's weight. values: the values of its tensors, by tensor name."""
-        parts = [self._sent(name, tensor, values[tensor.name]) for tensor in self.tensors[name]]
+        parts = [self._process(name, tensor, values[tensor.name]) for tensor in self.tensors[name]]
         for part in parts:
             self._check_shape(name, part.shape)
         return sum(parts[1:], start=parts[0])  # where one part has values, the others are 0
@@ -98,7 +98,7 @@ class Layout:
             f"{name!r}: name the GGUF file of the model that they were learned on"
         )
 
-    def _named(self, header: GgufHeader) -> dict[str, str]:
+    def _parameter_names(self, header: GgufHeader) -> dict[str, str]:
         """Return {tensor name: parameter name}. It tries the outermost module first: all modules take seconds."""
         try:
             names = get_gguf_hf_weights_map(_Outermost(self._outline), self._processor)
@@ -110,7 +110,7 @@ class Layout:
             names = {tensor: parameter for tensor, parameter in names.items() if tensor != "output.weight"}
         return names
 
-    def _sent(self, name: str, tensor: GgufTensor, values: np.ndarray) -> np.ndarray:
+    def _process(self, name: str, tensor: GgufTensor, values: np.ndarray) -> np.ndarray:
         """Send values, in the tensor's shape, through the processor: return them as they are in the layer's weight."""
         made: dict[str, Any] = {"tensors": {}}  # a processor puts parameters here that it makes of several tensors
         result = self._processor.process(

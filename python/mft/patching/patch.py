@@ -61,7 +61,7 @@ def patch_gguf(
     check_new(target)
     with lock_for_reading(path):
         plan = plan_patch(path, masks, load_base=load_base, force=force)
-        widened = _to_widen(plan, widen)
+        widened = _find_widened(plan, widen)
         beside = undo_path(target)
         with naming(beside), claim(beside) as undo:
             check_new(target)
@@ -97,7 +97,7 @@ def patch_gguf_in_place(
                 "(--undo --in-place)"
             )
         plan = plan_patch(path, masks, load_base=load_base, force=force)
-        _to_widen(plan, None)
+        _find_widened(plan, None)
         rewrite = Rewrite(plan, None).run()
         write_whole(beside, rewrite.undo().to_bytes())
         _overwrite(path, rewrite.places, rewrite.new)
@@ -139,7 +139,7 @@ def undo_gguf_patch_in_place(patched: str | os.PathLike) -> Path:
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _to_widen(plan: Plan, widen: str | None) -> frozenset[str]:
+def _find_widened(plan: Plan, widen: str | None) -> frozenset[str]:
     """Return the names of masked tensors whose type has no zero. Raises: ValueError if they exist and widen is None."""
     if widen not in (None, "f32"):
         raise ValueError(f"widen must be f32 (or not be given), got {widen!r}")

@@ -113,7 +113,7 @@ class _Base:
     def judge(self, directory: Path, *, force: bool) -> str:
         """Return a sentence on whether the file is the base. Raises: ValueError if it is not, without force."""
         names = sorted(self.entries)
-        ahead = make_ahead(lambda name: self._of_file(self.entries[name]), names)
+        ahead = make_ahead(lambda name: self._file_weight(self.entries[name]), names)
         found = weights_hash(names, lambda _: next(ahead))  # weights_hash asks in sorted order too
         if found == self.export.base_hash:
             return f"{self.path} is the base of the masks: its weights have their hash"
@@ -152,9 +152,9 @@ class _Base:
 
     def weight(self, name: str) -> Tensor:
         """Return the weight that a layer's mask was learned on, for a coding that needs it."""
-        return self._of_file(self.entries[name]) if self.model is None else weight_named(self.model, name)
+        return self._file_weight(self.entries[name]) if self.model is None else weight_named(self.model, name)
 
-    def _of_file(self, entry: MaskEntry) -> Tensor:
+    def _file_weight(self, entry: MaskEntry) -> Tensor:
         values = {tensor.name: tensor_values(self.path, tensor) for tensor in self.layout.tensors[entry.name]}
         weight = torch.from_numpy(np.ascontiguousarray(self.layout.weight(entry.name, values)))
         return weight.to(_DTYPES.get(entry.dtype, torch.float32))
@@ -169,7 +169,7 @@ class _Base:
         if weights_hash(names, lambda name: weight_named(model, name)) != self.export.base_hash:
             return False
         for name in names:
-            kinds, ours = self._kinds(name), self._of_file(self.entries[name])
+            kinds, ours = self._kinds(name), self._file_weight(self.entries[name])
             rounded = (weight_named(model, name).cpu().to(_FLOATS[kind]).to(ours.dtype) for kind in kinds)
             if len(kinds) > 1 or not torch.equal(ours, next(rounded)):
                 return False
@@ -177,7 +177,7 @@ class _Base:
 
     def _correlation(self, name: str) -> float:
         assert self.model is not None
-        ours = self._of_file(self.entries[name]).double().flatten()
+        ours = self._file_weight(self.entries[name]).double().flatten()
         theirs = weight_named(self.model, name).double().flatten().cpu()
         ours, theirs = ours - ours.mean(), theirs - theirs.mean()
         found = float(ours @ theirs / (ours.norm() * theirs.norm()))

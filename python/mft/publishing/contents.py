@@ -71,19 +71,19 @@ class Contents(abc.ABC):
     def use_base(self, base: str) -> tuple["Contents", dict[str, bytes]]:
         """Return the contents with this name for the base, and the changed file that names it, if there is one."""
         facts = dataclasses.replace(self.facts, base_model_name_or_path=base)
-        return dataclasses.replace(self, facts=facts), self._naming(base)
+        return dataclasses.replace(self, facts=facts), self._base_name_files(base)
 
-    def _naming(self, base: str) -> dict[str, bytes]:
+    def _base_name_files(self, base: str) -> dict[str, bytes]:
         if self.names_base not in self.files:
             return {}
         values = read_object(self.directory / self.names_base, MOST_CONFIG) | {"base_model_name_or_path": base}
         return {self.names_base: f"{json.dumps(values, indent=2)}\n".encode()}
 
-    def _on_base(self) -> str:
+    def _base_phrase(self) -> str:
         base = self.facts.base_model_name_or_path
         return "" if base is None else f" on {base_in_a_sentence(base)}"
 
-    def _through_peft(self, repository: str) -> str:
+    def _peft_example(self, repository: str) -> str:
         lines = [
             "from peft import PeftModel",
             "",

@@ -79,8 +79,8 @@ class MaskContents(Contents):
 
     def introduction(self) -> str:
         return (
-            f"Masks of {_PAPER}{self._on_base()}: a bit for each weight says whether it is kept, the others are 0. No "
-            "weight was changed. They load on the very weights that they were learned on, and are refused on others."
+            f"Masks of {_PAPER}{self._base_phrase()}: a bit for each weight says whether it is kept, the others are 0. "
+            "No weight was changed. They load on the very weights that they were learned on, and are refused on others."
         )
 
     def loading(self, repository: str) -> list[str]:
@@ -92,7 +92,7 @@ class MaskContents(Contents):
             "mft.merge_model(model)  # an ordinary model: kept weights bit-equal, dropped ones 0",
         ]
         blocks = [block("python", lines), block("sh", [f"mft merge {repository} merged"])]
-        return blocks if self.facts.modules_to_save else [*blocks, "Through PEFT:", self._through_peft(repository)]
+        return blocks if self.facts.modules_to_save else [*blocks, "Through PEFT:", self._peft_example(repository)]
 
     @property
     def size(self) -> str | None:
@@ -109,7 +109,7 @@ class MaskContents(Contents):
         changed = export_files(*recode_export(self.directory, coding))
         return dataclasses.replace(self, coding=coding, file_bytes=len(changed[MASK_FILE])), changed
 
-    def _naming(self, base: str) -> dict[str, bytes]:
+    def _base_name_files(self, base: str) -> dict[str, bytes]:
         export = dataclasses.replace(read_description(self.directory), base_model_name_or_path=base)
         export = dataclasses.replace(export, content_hash=stored_hash(self.directory, export), coding=self.coding)
         return {CONFIG_FILE: export.to_json().encode()}
@@ -147,10 +147,10 @@ class AdapterContents(Contents):
         return cls(directory, (CONFIG_FILE, MASK_FILE), facts)
 
     def introduction(self) -> str:
-        return f"Scores of {_PAPER}{self._on_base()}, as PEFT saved them: from them training goes on."
+        return f"Scores of {_PAPER}{self._base_phrase()}, as PEFT saved them: from them training goes on."
 
     def loading(self, repository: str) -> list[str]:
-        return [self._through_peft(repository)]
+        return [self._peft_example(repository)]
 
 
 class ModelContents(Contents):
@@ -177,7 +177,7 @@ class ModelContents(Contents):
         return cls(directory, tuple(name for name in names if name not in OF_THE_HUB), facts)
 
     def introduction(self) -> str:
-        facts, on = self.facts, self._on_base()
+        facts, on = self.facts, self._base_phrase()
         merged, kept = f"An ordinary model: masks of {_PAPER}{on} are baked in", "so that kept weights are bit-equal"
         if facts.alpha is not None:
             return f"{merged} by `alpha` {facts.alpha:g}, {kept} and others scaled by {1 - facts.alpha:.6g}."

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mft.models.causal_lm import decoder_of, run_decoder
-from mft.models.key_value_cache import read_on
+from mft.models.key_value_cache import extend_cache
 from mft.models.longrope import switch_length
 from mft.models.packed_rows import positions_of
 
@@ -19,8 +19,8 @@ from mft.models.packed_rows import positions_of
 def states_before_answers(model: Any, ids: Tensor, seen: Tensor, length: int) -> Tensor:
     """Return the hidden states (B, length, D) that predict the last ``length`` tokens of each row; differentiable.
 
-    Args: model: see key_value_cache.reads_on; ids: (B, T), prompts padded on the left, then answers padded on the
-        right; seen: (B, T), 0 on padding.
+    Args: model: see key_value_cache.can_extend_cache; ids: (B, T), prompts padded on the left, then answers padded on
+        the right; seen: (B, T), 0 on padding.
     """
     prompt = ids.shape[1] - length
     both = torch.cat([ids[:, :prompt], seen[:, :prompt]], 1)
@@ -28,10 +28,10 @@ def states_before_answers(model: Any, ids: Tensor, seen: Tensor, length: int) ->
     switch = switch_length(model)
     if 2 * len(distinct) > len(ids) or (switch is not None and ids.shape[1] > switch):
         return run_decoder(model, ids, positions_of(decoder_of(model), seen), seen)[:, prompt - 1 : -1]
-    read, cache = read_on(model, distinct[:, :prompt], distinct[:, prompt:])
+    read, cache = extend_cache(model, distinct[:, :prompt], distinct[:, prompt:])
     states = read[rows, -1:]
     if length == 1:
         return states
     cache.batch_select_indices(rows)
-    said, _ = read_on(model, ids[:, prompt:-1], seen[:, :-1], cache)
+    said, _ = extend_cache(model, ids[:, prompt:-1], seen[:, :-1], cache)
     return torch.cat([states, said], 1)

@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from mft.engines.step import NonFiniteLoss
 from mft.evaluation.continuation import continue_prompts, generating
 from mft.models.causal_lm import FEW, decoder_of, run_decoder, split_at_head
-from mft.models.key_value_cache import reads_on
+from mft.models.key_value_cache import can_extend_cache
 from mft.models.longrope import by_own_length
 from mft.models.packed_rows import positions_of
 from mft.rewards.config import RewardsConfig
@@ -99,7 +99,7 @@ class Trainer(GRPOTrainer):
             except RuntimeError as error:
                 if "probability tensor contains" not in str(error):
                     raise
-                raise self._not_finite("the logits", "NaN or Inf") from None
+                raise self._nonfinite_loss("the logits", "NaN or Inf") from None
         answers = [tokens[: tokens.index(eos) + 1] if eos in tokens else tokens for tokens in found]
         said = sum(map(len, answers))
         self.sampled = Sampled(0.0, 0.0, said / len(answers), said + sum(map(len, asked)))
@@ -142,7 +142,7 @@ class Trainer(GRPOTrainer):
         run, head = self._split[id(own)]
         with by_own_length(own):
             # Answers share a pass over their prompt, but not with checkpointing or without a plain head.
-            if run is run_decoder and not self.config.gradient_checkpointing and reads_on(own):
+            if run is run_decoder and not self.config.gradient_checkpointing and can_extend_cache(own):
                 return head, states_before_answers(own, ids, mask, kept)[mask[:, -kept:].bool()]
             hidden = run(own, ids, positions_of(decoder_of(own), mask), mask)[:, -kept - 1 : -1]
             return head, hidden[mask[:, -kept:].bool()]
@@ -175,10 +175,10 @@ class Trainer(GRPOTrainer):
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Tensor:
         loss = super().compute_loss(model, inputs, *args, **options)
         if not loss.isfinite():
-            raise self._not_finite("the loss", loss.item())
+            raise self._nonfinite_loss("the loss", loss.item())
         return loss
 
-    def _not_finite(self, what: str, found: object) -> NonFiniteLoss:
+    def _nonfinite_loss(self, what: str, found: object) -> NonFiniteLoss:
         step = self.state.global_step + 1
         return NonFiniteLoss(
             f"{what} must stay finite, got {found} at step {step} of {self.config.steps}: lower rewards.lr (now "

@@ -15,11 +15,11 @@ class Journal:
     def __init__(self, log: Log, metrics: Metrics) -> None:
         self.log, self._metrics = log, metrics
 
-    def answered(self, of: Exchange, answer_id: str, model: str, it: Generation, status: int, ending: str) -> None:
+    def record_answer(self, of: Exchange, answer_id: str, model: str, it: Generation, status: int, ending: str) -> None:
         """Record a generation that has ended or whose client has left. ending: stop, length, or why it ended early."""
         of.is_told = True
         seconds = (it.ended or time.monotonic()) - it.began
-        self._metrics.answered(model, it, status, ending, seconds)
+        self._metrics.count_answer(model, it, status, ending, seconds)
         first = it.first - it.began if it.first else None
         after = f", first token after {first:.2f} s" if first is not None else ""
         self.log.tell(
@@ -48,7 +48,7 @@ class Journal:
             self.log.tell("response", line, level=logging.DEBUG, **known)
             return
         of.is_told = True
-        self._metrics.refused(status)
+        self._metrics.count_refusal(status)
         self.log.tell(
             "refusal",
             f"{line}: {of.refused.message}",

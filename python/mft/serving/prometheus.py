@@ -57,10 +57,10 @@ class Metrics:
         ProcessCollector(registry=registry)
         registry.register(_Now(tasks, scheduler))
 
-    def answered(self, model: str, it: Generation, status: int, ending: str, seconds: float) -> None:
-        """Count a generation that has ended. Arguments are as for Journal.answered."""
+    def count_answer(self, model: str, it: Generation, status: int, ending: str, seconds: float) -> None:
+        """Count a generation that has ended. Arguments are as for Journal.record_answer."""
         if status not in (200, _ABORTED):
-            self.refused(status)
+            self.count_refusal(status)
         if model != self._tasks.base and model not in self._tasks.bank.tasks:
             return  # its task has been unloaded meanwhile, and its counts are deleted
         if status in (200, _ABORTED):
@@ -76,10 +76,10 @@ class Metrics:
         if status == 200:
             self._whole.labels(model).observe(seconds)
 
-    def refused(self, status: int) -> None:
+    def count_refusal(self, status: int) -> None:
         self._refused.labels(str(status)).inc()
 
-    def stepped(self, rows: int) -> None:
+    def count_rows(self, rows: int) -> None:
         self._rows.observe(rows)
 
     def forget(self, model: str) -> None:

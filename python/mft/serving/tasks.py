@@ -34,7 +34,7 @@ class Tasks:
             return None
         if model not in self.names:
             raise Refused(
-                f"{param} must be one of {self._shown()}, got {model!r}{nearest(model, self.names)}",
+                f"{param} must be one of {self._name_list()}, got {model!r}{nearest(model, self.names)}",
                 status=404,
                 param=param,
                 code="model_not_found",
@@ -67,7 +67,7 @@ class Tasks:
             self.bank.remove(name)
             self.bank.put(name, masks)
 
-        await self._when_unused(name, exchange)
+        await self._call_when_unused(name, exchange)
 
     async def unload(self, name: str) -> None:
         """Refuse new requests of a task, wait for those that were accepted, and free its masks.
@@ -76,10 +76,10 @@ class Tasks:
         """
         if self.find(name, param="lora_name") is None:
             raise Refused(f"lora_name must be a task's name, got the base's, {name!r}", param="lora_name")
-        await self._when_unused(name, lambda: self.bank.remove(name))
+        await self._call_when_unused(name, lambda: self.bank.remove(name))
         self.on_unload(name)
 
-    def _shown(self) -> str:
+    def _name_list(self) -> str:
         """Return the names for a message, at most 20."""
         more = len(self.names) - _MOST_SHOWN
         return ", ".join(self.names[:_MOST_SHOWN]) + (f" and {more} more (GET /v1/models)" if more > 0 else "")
@@ -95,7 +95,7 @@ class Tasks:
                 "load_inplace: true"
             )
 
-    async def _when_unused(self, name: str, then: Callable[[], None]) -> None:
+    async def _call_when_unused(self, name: str, then: Callable[[], None]) -> None:
         """Call then when none of the task's requests is left."""
         loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 

@@ -71,7 +71,7 @@ class Recorder:
 
         after_step is called after a step has been written and shown. A stream's description is printed at the end.
         """
-        with self.shown(phase, train.steps_for(count_rows(dataset))) as shown:
+        with self._show_progress(phase, train.steps_for(count_rows(dataset))) as shown:
             steps = Steps(self, phase, train.log_every, shown, after_step)
             yield steps
             steps.finish()
@@ -91,7 +91,7 @@ class Recorder:
         **options,
     ) -> Evaluation:
         """Do evaluate(**options) with progress, and write the result. step: of the run, for validation data."""
-        with self.shown(phase, len(dataset)) as shown:
+        with self._show_progress(phase, len(dataset)) as shown:
             result = evaluate(
                 model,
                 dataset,
@@ -100,10 +100,10 @@ class Recorder:
                 on_batch=lambda rows, tokens: shown.advance(rows, tokens=tokens),
                 **options,
             )
-        self.evaluated(phase, result, step, objective)
+        self.write_evaluation(phase, result, step, objective)
         return result
 
-    def evaluated(
+    def write_evaluation(
         self, phase: str, result: Evaluation, step: int | None, objective: Objective = CROSS_ENTROPY, **more: Any
     ) -> None:
         """Write an evaluation. The figures that the objective measures are named NAME/figure, with its name."""
@@ -123,7 +123,7 @@ class Recorder:
         )
 
     @contextlib.contextmanager
-    def shown(self, name: str, total: int) -> Iterator[Phase]:
+    def _show_progress(self, name: str, total: int) -> Iterator[Phase]:
         """Yield the phase whose advance() is called after each of total steps; see progress.py."""
         if self.progress is None:
             yield Phase(name, total)

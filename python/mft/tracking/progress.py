@@ -50,7 +50,7 @@ class Phase:
         """Show the progress. This class shows nothing; subclasses do."""
 
     @contextlib.contextmanager
-    def within(self, name: str, total: int) -> Iterator["Phase"]:
+    def inner_phase(self, name: str, total: int) -> Iterator["Phase"]:
         """Yield another phase that runs while this one waits. It is shown below; its time does not lower this speed."""
         self.inside = type(self)(name, total, self.console)
         try:

@@ -80,7 +80,7 @@ def _put_rows(model: nn.Module, rows: ScoreRows, tensors: Mapping[str, Tensor]) 
     """Do put_result for this process's rows; tensors: the result on the first process."""
     masked = masked_modules(model)
     _set_cut(model)
-    for name, packed in rows.sent({name.removesuffix(".mask"): mask for name, mask in tensors.items()}):
+    for name, packed in rows.scattered({name.removesuffix(".mask"): mask for name, mask in tensors.items()}):
         own = rows.rows[name]
         scores = _scores_for(masked[name], unpack_mask(packed, own.shape))
         own.copy_(fixed_from_float(scores) if own.dtype == torch.int16 else scores)

@@ -35,7 +35,7 @@ def read_rows(config: RunConfig, source: Source | None = None) -> tuple[Splits, 
     """Do the same as read_data, and return the tokenizer that made the rows too."""
     source = source or open_source(config.data)
     tokenizer = load_tokenizer(config.model, sequence_length=config.data.sequence_length)
-    splits = load_splits(config.data, tokenizer, source, pairs=config.objective.of_pairs)
+    splits = load_splits(config.data, tokenizer, source, pairs=config.objective.takes_pairs)
     for note in splits.notes:
         say(note, "yellow" if note.startswith("warning: ") else "dim")
     return splits, tokenizer

@@ -39,7 +39,7 @@ class Outputs:
 
     @classmethod
     @contextlib.contextmanager
-    def opened(cls, run: Run) -> Iterator["Outputs"]:
+    def open(cls, run: Run) -> Iterator["Outputs"]:
         """Open metrics and trackers, restored to the run's checkpoint, until the block ends."""
         config, events = run.config, run.found.run()["events"] if run.found is not None else []
         told = None if isinstance(run.start, Begin) else events
@@ -55,7 +55,7 @@ class Outputs:
         """The events that were written so far."""
         return [] if self.recorder.metrics is None else self.recorder.metrics.events
 
-    def before(self, phase: str, placed: Placed, rows: Any) -> Evaluation | None:
+    def evaluate_start(self, phase: str, placed: Placed, rows: Any) -> Evaluation | None:
         """Evaluate before the first step, if there are rows. A resumed run does not record the result again."""
         if not len(rows):
             return None
@@ -65,7 +65,7 @@ class Outputs:
         self._cores.look("evaluation")
         return before
 
-    def after(self, placed: Placed, rows: Any, step: int) -> Evaluation | None:
+    def evaluate_end(self, placed: Placed, rows: Any, step: int) -> Evaluation | None:
         """Evaluate the exported step, if there are rows."""
         return self._evaluate(self.recorder, "after, validation", placed, rows, step) if len(rows) else None
 
@@ -92,12 +92,12 @@ class Outputs:
 
         @contextlib.contextmanager
         def shown(step: int) -> Iterator[Callable[[int, int], None]]:
-            with on_step.shown.within(f"step {step}, {VALIDATION}", len(rows)) as phase:
+            with on_step.shown.inner_phase(f"step {step}, {VALIDATION}", len(rows)) as phase:
                 yield lambda done, tokens: phase.advance(done, tokens=tokens)
 
         def on_result(step: int, result: Evaluation, seconds: float, standing: Standing) -> None:
             stands = {"best": standing.best, "without": standing.without, "seconds": seconds}
-            self.recorder.evaluated(VALIDATION, result, step, placed.objective, **stands)
+            self.recorder.write_evaluation(VALIDATION, result, step, placed.objective, **stands)
             if self.run.processes.first:
                 say(f"{VALIDATION} after step {step}: {validation_message(result, step, standing, train)}")
 
@@ -142,7 +142,7 @@ class Outputs:
 
 def evaluation_batch(placed: Placed, train: TrainConfig) -> int:
     """Return the rows per batch of evaluations: train.batch_size if the device holds only a part of the model."""
-    return EVALUATION_BATCH if placed.mode.for_reading(placed).is_whole_on_device else train.batch_size
+    return EVALUATION_BATCH if placed.mode.reading_mode(placed).is_whole_on_device else train.batch_size
 
 
 def training_summary(train: TrainConfig, rows: Any) -> str:

@@ -141,7 +141,7 @@ class Run:
         return self.start.directory
 
 
-def after_restart(start: Start) -> Start:
+def resume_if_restarted(start: Start) -> Start:
     """Return start; but if torchrun --max-restarts repeats a command, resume the run that the command has begun."""
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if isinstance(start, Begin) and restarted and _is_run(start.directory):
@@ -150,7 +150,7 @@ def after_restart(start: Start) -> Start:
 
 
 @contextlib.contextmanager
-def started(
+def open_start(
     start: Start, processes: Processes, facts: Mapping[str, Any]
 ) -> Iterator[tuple[RunConfig, Checkpoint | None]]:
     """Lock the run's directory until the block ends; yield the configuration and the checkpoint to resume from, if any.

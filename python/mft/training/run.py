@@ -52,7 +52,7 @@ from mft.training.loop import train_loop, train_masks
 from mft.training.make_objective import facts_of, make_objective
 from mft.training.outputs import VALIDATION, Outputs, evaluation_batch
 from mft.training.plan import Plan, plan_training, replan
-from mft.training.resume import Begin, Run, Start, after_restart, started
+from mft.training.resume import Begin, Run, Start, open_start, resume_if_restarted
 from mft.training.run_checkpoints import RunCheckpoints
 from mft.training.run_directory import MODEL, open_run
 from mft.training.saver import Stopped
@@ -99,7 +99,7 @@ def _finetune(run: Run) -> Path:
     facts = {"data": splits.key} | facts_of(placed.objective)
     run.processes.agree(facts)
     with _open_outputs(run) as outputs:
-        before = outputs.before("before, validation", placed, splits.validation)
+        before = outputs.evaluate_start("before, validation", placed, splits.validation)
         model.requires_grad_(True)
         print_trainable_parameters(model)
         with outputs.training("full fine-tune", splits.train) as on_step:
@@ -107,8 +107,8 @@ def _finetune(run: Run) -> Path:
             saver = checkpoints.saver(outputs.events, facts, on_step.go_on, [validation])
             hooks: dict[str, Any] = {"on_step": on_step, "saver": saver, "validation": validation}
             reports = train_loop(placed, splits.train, config.train, **hooks)
-        ended = checkpoints.ended(model, reports[-1], validation)
-        after = outputs.after(placed, splits.validation, ended.exported)
+        ended = checkpoints.finish(model, reports[-1], validation)
+        after = outputs.evaluate_end(placed, splits.validation, ended.exported)
         if run.processes.first:
             with outputs.finishing(before, after, ended, MODEL) as result:
                 save_model(model, tokenizer, result)
@@ -130,11 +130,11 @@ def _train(run: Run) -> Path:
         rows = score_rows(model)
         initial = initial_masks(model) if rows is None else rows.masks()
         ended = _learn(outputs, placed, splits, initial)
-        after = outputs.after(placed, splits.validation, ended.exported)
+        after = outputs.evaluate_end(placed, splits.validation, ended.exported)
         masks, share = None, 0.0
         if rows is not None:
             own = rows.masks()
-            masks, share = rows.gathered(own), rows.flipped(initial, own)
+            masks, share = rows.gathered(own), rows.flipped_share(initial, own)
         if run.processes.first:
             flipped = 100 * (flip_share(model, initial) if rows is None else share)
             console.print(f"{flipped:.2f} % of the mask's bits flipped since initialisation", highlight=False)
@@ -199,7 +199,7 @@ def _mask(outputs: Outputs, placed: Placed, splits: Splits) -> Evaluation | None
     run, model = outputs.run, placed.model
     config, kind, rows = run.config, run.config.model.quantization, score_rows(placed.model)
     if kind is None:
-        before = outputs.before("before, validation", placed, splits.validation)
+        before = outputs.evaluate_start("before, validation", placed, splits.validation)
         mask_model(model, drawn(config.mask))
         if rows is not None:
             rows.begin(drawn(config.mask))
@@ -207,7 +207,7 @@ def _mask(outputs: Outputs, placed: Placed, splits: Splits) -> Evaluation | None
         mask_model(model, drawn(config.mask))
         quantize_model(model, kind, masked=config.model.quantize_masked)
         with keep_all_weights(model):
-            before = outputs.before(f"before in {kind}, validation", placed, splits.validation)
+            before = outputs.evaluate_start(f"before in {kind}, validation", placed, splits.validation)
     print_trainable_parameters(model)
     # A checkpoint has the first masks of a whole model; rows of them are found again.
     if (run.found is None or rows is not None) and config.mask.init in DATA_INITS:
@@ -254,7 +254,7 @@ def _learn(outputs: Outputs, placed: Placed, splits: Splits, initial: dict[str, 
         reports = train_masks(placed, splits.train, config.train, **hooks)
         if flips is not None:
             flips.finish(reports[-1])
-    return checkpoints.ended(model, reports[-1], validation)
+    return checkpoints.finish(model, reports[-1], validation)
 
 
 # ---------------------------------------------------------------------------------------------- shared by both commands
@@ -263,8 +263,8 @@ def _learn(outputs: Outputs, placed: Placed, splits: Splits, initial: dict[str, 
 @contextlib.contextmanager
 def _begin_run(command: str, start: RunConfig | Start) -> Iterator[Run]:
     """Yield the run, and hold the lock of its directory until the block ends."""
-    start = after_restart(Begin(start) if isinstance(start, RunConfig) else start)
-    with joined() as processes, started(start, processes, {"the command": command}) as (config, found):
+    start = resume_if_restarted(Begin(start) if isinstance(start, RunConfig) else start)
+    with joined() as processes, open_start(start, processes, {"the command": command}) as (config, found):
         check_trackers(config.report_to)
         if config.data.streaming:
             config.train.steps_for(None)  # raises before anything is loaded if the number of steps is not set
@@ -294,7 +294,7 @@ def _open_outputs(run: Run) -> Iterator[Outputs]:
         else:  # a resumed run deletes nothing
             save_config(run.config, directory / CONFIG)
         again = f"go on with {run.command} --resume {directory}"
-        with Outputs.opened(run) as outputs:
+        with Outputs.open(run) as outputs:
             yield outputs
         again = f"{directory} has its result"
         RunCheckpoints(run).delete()

@@ -53,7 +53,7 @@ class RunCheckpoints:
         """Return where the best step is stored; None if the last one is exported."""
         return Best(self._run.directory / BEST) if self._run.config.train.keep_best else None
 
-    def ended(self, model: nn.Module, last: StepReport, validation: Validation | None) -> Ended:
+    def finish(self, model: nn.Module, last: StepReport, validation: Validation | None) -> Ended:
         """Return how the run ended, and print it. Puts the exported step (the best or the last) into the model."""
         if validation is None:
             return Ended(last.step, last.step, last.steps)

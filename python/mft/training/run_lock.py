@@ -90,7 +90,7 @@ def _open(path: Path) -> int:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _not_writable(path.parent, error) from error
+            raise _unwritable_error(path.parent, error) from error
         try:
             return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # another process has just removed the directory, which it had left empty
@@ -98,7 +98,7 @@ def _open(path: Path) -> int:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise OSError(f"{path} must be a file of mft's own, got a symbolic link: remove it") from error
-            raise _not_writable(path.parent, error) from error
+            raise _unwritable_error(path.parent, error) from error
 
 
 def _sign(descriptor: int, directory: Path) -> None:
@@ -109,10 +109,10 @@ def _sign(descriptor: int, directory: Path) -> None:
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, words.encode(), 0)
     except OSError as error:
-        raise _not_writable(directory, error) from error
+        raise _unwritable_error(directory, error) from error
 
 
-def _not_writable(directory: Path, error: OSError) -> OSError:
+def _unwritable_error(directory: Path, error: OSError) -> OSError:
     return OSError(
         f"output_dir must be writable, got {directory} ({error.strerror}): see that the disk has room and may be "
         "written to, or name another one"

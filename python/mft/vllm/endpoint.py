@@ -84,7 +84,7 @@ class MaskEndpoint:
             if route == "use" and update["task"] is not None:
                 check_known(update["task"], self._tasks, ", or null for the base")
             async with self._switching:
-                waited, switched = await self._while_alive(self._change(update))
+                waited, switched = await self._await_while_alive(self._change(update))
         except Refused as refused:
             return _refusal(refused.status, refused)
         except ValueError as error:
@@ -103,7 +103,7 @@ class MaskEndpoint:
                 status=403,
             )
 
-    async def _while_alive(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+    async def _await_while_alive(self, work: Coroutine[Any, Any, Answer]) -> Answer:
         """Return the result of work. Raises: RuntimeError if the engine dies meanwhile."""
         task = asyncio.ensure_future(work)
         while not (await asyncio.wait({task}, timeout=SECONDS))[0]:

@@ -9,7 +9,7 @@ from tiny import equal
 from tiny_mixtures import IDS, KINDS, logits, mixture
 
 from mft.config import MaskConfig
-from mft.masks.base_pass import as_base
+from mft.masks.base_pass import use_whole_weights
 from mft.masks.convert import mask_model, masked_modules, merge_model
 from mft.masks.experts import MaskedExperts
 from mft.masks.export import base_hash, load_masks, save_masks
@@ -103,7 +103,7 @@ def test_copies_pickles_and_exports_compute_the_same(base, tmp_path):
 def test_the_base_beside_and_within_the_masked_model_has_every_weight(base):
     masked = masked_copy(base)
     out = logits(masked)
-    with as_base(masked):
+    with use_whole_weights(masked):
         assert close(logits(masked), logits(base))
     plain = unmasked_model(masked)
     assert close(logits(plain), logits(base))

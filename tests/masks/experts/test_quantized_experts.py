@@ -11,7 +11,7 @@ from tiny_architectures import MIXTURES
 
 from benchmarks.memory.tracker import MemoryTracker
 from mft.config import QUANTIZATIONS, MaskConfig
-from mft.masks.base_pass import as_base
+from mft.masks.base_pass import use_whole_weights
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.quantize import QuantizedMaskedGroupedLinear, _quantize_masked, quantize_model
 from mft.masks.unmasked import unmasked_model
@@ -142,7 +142,7 @@ def test_masks_over_codes_and_the_base_beside_and_within_them(masked):
     assert torch.allclose(logits(plain), base, atol=1e-5)
     assert not masked_modules(plain)
     assert len(quantized_weights(plain)) == len(quantized_weights(model))
-    with as_base(model):
+    with use_whole_weights(model):
         assert torch.allclose(logits(model), base, atol=1e-5)
     assert not torch.allclose(logits(model), base, atol=1e-3)
 

@@ -73,14 +73,14 @@ class ScoreRows:
                 found[name] = whole.cpu().contiguous()
         return found
 
-    def sent(self, masks: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def scattered(self, masks: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield (layer, this process's rows of its mask) of whole masks that the first process has, one at a time."""
         for name, module in masked_modules(self._model).items():
             *rows, columns = module.scores.shape
-            words = self.processes.from_first(masks.get(name), (*rows, -(-columns // 32)), torch.int32)
+            words = self.processes.broadcast_first(masks.get(name), (*rows, -(-columns // 32)), torch.int32)
             yield name, self._own(words).to(self.device)
 
-    def flipped(self, first: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> float:
+    def flipped_share(self, first: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> float:
         """Return the share of all masked weights whose bit differs between these rows of masks."""
         differ = sum(int(count_bits(now[name] ^ packed)) for name, packed in first.items())
         weights = sum(module.scores.numel() for module in masked_modules(self._model).values())

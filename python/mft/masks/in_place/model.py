@@ -78,7 +78,7 @@ class MasksInPlace:
             )
 
     @contextlib.contextmanager
-    def lifted(self) -> Iterator[None]:
+    def use_whole_weights(self) -> Iterator[None]:
         """Make the ordinary layers compute with their whole weights, as the base, in this context."""
         packed = self._begin_change()
         for layer in self.layers:
@@ -91,7 +91,7 @@ class MasksInPlace:
             self.is_held = True
 
     @contextlib.contextmanager
-    def masked_again(self) -> Iterator[None]:
+    def use_masked_layers(self) -> Iterator[None]:
         """Make the model the masked one, on its whole weights, in this context."""
         packed = self._begin_change()
         for layer in reversed(self.layers):
@@ -136,8 +136,8 @@ def masks_in_place(model: nn.Module) -> MasksInPlace | None:
 
 
 @contextlib.contextmanager
-def as_masked(model: nn.Module) -> Iterator[None]:
+def use_masked_layers(model: nn.Module) -> Iterator[None]:
     """Make model the masked one on its whole base in this context, if its masks are in place; else do nothing."""
     found = masks_in_place(model)
-    with contextlib.nullcontext() if found is None else found.masked_again():
+    with contextlib.nullcontext() if found is None else found.use_masked_layers():
         yield

@@ -31,16 +31,16 @@ class MaskCodes(MaskLinear):
         """The base layer's codes. Read per call, because moving the model replaces the tensors."""
         return codes_of(self.base_layer)
 
-    def _unmasked(self, x: Tensor) -> Tensor:
+    def _forward_unmasked(self, x: Tensor) -> Tensor:
         # bitsandbytes' own forward pass would repack the codes on a CPU, and round absmax to bf16.
-        quantized, given = self._quantized, self._given(x)
+        quantized, given = self._quantized, self._cast_input(x)
         bias = self._bias_for(given)
         if given.dtype == quantized.dtype:
             return quantized_product(given, quantized, bias).to(x.dtype)
         return F.linear(given, quantized.dense().to(given.dtype), bias).to(x.dtype)
 
     def _compute(self, parameter: str, scores: nn.Parameter, selection: dict[str, Any], x: Tensor) -> Tensor:
-        quantized, given = self._quantized, self._given(x)
+        quantized, given = self._quantized, self._cast_input(x)
         bias = self._bias_for(given)
         if can_skip_dense(quantized, given, scores):
             mask = current_mask(scores, **selection)
@@ -48,10 +48,10 @@ class MaskCodes(MaskLinear):
         dense = quantized.dense().to(given.dtype)
         return masked_linear_by_ratio(given, dense, scores, bias, **selection).to(x.dtype)
 
-    def _mixed(self, rows: TaskPerRow, x: Tensor) -> Tensor:
-        return super()._mixed(rows, x.to(self._quantized.dtype)).to(x.dtype)
+    def _forward_mixed(self, rows: TaskPerRow, x: Tensor) -> Tensor:
+        return super()._forward_mixed(rows, x.to(self._quantized.dtype)).to(x.dtype)
 
-    def _given(self, x: Tensor) -> Tensor:
+    def _cast_input(self, x: Tensor) -> Tensor:
         """Return x in the dtype that the base layer computes in."""
         return x if (dtype := getattr(self.base_layer, "compute_dtype", None)) is None else x.to(dtype)
 
@@ -66,7 +66,7 @@ class MaskCodes(MaskLinear):
         """Decode the weight; each call makes a new dense one."""
         return self._quantized.dense()
 
-    def _as_stored(self, weight: Tensor) -> Tensor:
+    def _base_layout(self, weight: Tensor) -> Tensor:
         return weight
 
     def merged_weight(self, parameter: str) -> Tensor:

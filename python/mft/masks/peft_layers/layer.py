@@ -83,13 +83,13 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
                     f"adapter_names need weights with no mask merged into them, got {self.merged_adapters[0]!r} in "
                     f"{self.module_name}: unmerge_adapter() first"
                 )
-            return self._mixed(rows, *args, **kwargs)
+            return self._forward_mixed(rows, *args, **kwargs)
         name = self._active()
         if self.disable_adapters or self.merged or name is None:
-            return self._unmasked(*args, **kwargs)
-        return self._masked(name, *args, **kwargs)
+            return self._forward_unmasked(*args, **kwargs)
+        return self._forward_masked(name, *args, **kwargs)
 
-    def learned_on(self, adapter_name: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def scores_and_weights(self, adapter_name: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Yield the scores of the mask of this name, each with its weight."""
         for part, scores in self.scores_of(adapter_name).items():
             yield scores, self._weight(part)
@@ -165,7 +165,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         name = self._active()
         if self.disable_adapters or self.merged or name is None or parameter not in self.scores_of(name):
             return getattr(self.base_layer, parameter).detach()
-        return self._as_stored(self.bake([name], safe_merge=False)[parameter][1])
+        return self._base_layout(self.bake([name], safe_merge=False)[parameter][1])
 
     @torch.no_grad()
     def active_masks(self) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -200,7 +200,7 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
         """Return the weight in the layout of the scores."""
         return getattr(self.base_layer, parameter)
 
-    def _as_stored(self, weight: Tensor) -> Tensor:
+    def _base_layout(self, weight: Tensor) -> Tensor:
         """Return a weight, given in the layout of the scores, in the layout of the base layer."""
         return weight
 
@@ -216,21 +216,21 @@ class MaskTunerLayer(nn.Module, BaseTunerLayer):
 
     def _set_weight(self, parameter: str, weight: Tensor) -> None:
         """Set the weight to a new tensor, so that other owners of the old tensor keep it."""
-        getattr(self.base_layer, parameter).data = self._as_stored(weight).contiguous()
+        getattr(self.base_layer, parameter).data = self._base_layout(weight).contiguous()
 
     def _active(self) -> str | None:
         """Return the name of the active mask, if it has scores here."""
         return next((name for name in self.active_adapters if name in self.mft_scores), None)
 
-    def _unmasked(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_unmasked(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.base_layer(*args, **kwargs)
 
     @abstractmethod
-    def _masked(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_masked(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the forward with the mask of this name, by _product_by."""
 
     @abstractmethod
-    def _mixed(self, rows: TaskPerRow, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_mixed(self, rows: TaskPerRow, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the forward with each row's mask."""
 
     @abstractmethod
@@ -296,7 +296,7 @@ class MaskLinear(MaskTunerLayer):
                 f"the dropped weights must be finite for get_delta_weight, got NaN or Inf in {self.module_name}: "
                 "use merge_adapter, which sets them to 0"
             )
-        return self._as_stored(delta)
+        return self._base_layout(delta)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return True and warn: a LoRA of low rank holds only a part of the mask.
@@ -317,7 +317,7 @@ class MaskLinear(MaskTunerLayer):
 
     # ------------------------------------------------------------------------------------------ private
 
-    def _masked(self, adapter_name: str, x: Tensor) -> Tensor:
+    def _forward_masked(self, adapter_name: str, x: Tensor) -> Tensor:
         return self._product_by(adapter_name)(adapter_name, "weight", x)
 
     def _compute(self, parameter: str, scores: nn.Parameter, selection: dict[str, Any], x: Tensor) -> Tensor:
@@ -329,7 +329,7 @@ class MaskLinear(MaskTunerLayer):
     def _put_scores(self, adapter_name: str, scores: dict[str, nn.Parameter]) -> None:
         self.mft_scores[adapter_name] = scores["weight"]
 
-    def _mixed(self, rows: TaskPerRow, x: Tensor) -> Tensor:
+    def _forward_mixed(self, rows: TaskPerRow, x: Tensor) -> Tensor:
         named = {name for name in rows.tasks if name is not None and name in self.mft_scores}
         masks: dict[str | None, Tensor] = {name: self.packed_mask(name, "weight", anew=False) for name in named}
         return rows.mixed(x, self._weight("weight"), masks, self.bias)
@@ -339,7 +339,7 @@ class MaskLinear(MaskTunerLayer):
         weight = self.base_layer.weight
         return weight.t() if isinstance(self.base_layer, Conv1D) else weight
 
-    def _as_stored(self, weight: Tensor) -> Tensor:
+    def _base_layout(self, weight: Tensor) -> Tensor:
         return weight.t().contiguous() if isinstance(self.base_layer, Conv1D) else weight
 
 
@@ -366,7 +366,7 @@ class MaskExperts(MaskTunerLayer):
     def _put_scores(self, adapter_name: str, scores: dict[str, nn.Parameter]) -> None:
         self.mft_scores[adapter_name] = _Scores(scores)
 
-    def _masked(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_masked(self, adapter_name: str, *args: Any, **kwargs: Any) -> Tensor:
         product = functools.partial(self._product_by(adapter_name), adapter_name)
         return experts_forward(self.base_layer, product, *args, **kwargs)
 
@@ -384,7 +384,7 @@ class MaskExperts(MaskTunerLayer):
         x, offsets = given
         return masked_linear_grouped_by_ratio(x, weight, scores, offsets, bias, transposed=transposed, **selection)
 
-    def _mixed(self, rows: TaskPerRow, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_mixed(self, rows: TaskPerRow, *args: Any, **kwargs: Any) -> Tensor:
         def of_task(name: str | None, *args: Any, **kwargs: Any) -> Tensor:
             if name is None:
                 return self.base_layer(*args, **kwargs)

@@ -45,7 +45,7 @@ class Exchanges:
         exchange = Exchange(_request_id(scope), scope["method"], scope["path"])
         scope.setdefault("state", {})[_KEY] = exchange
 
-        async def with_id(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)["X-Request-Id"] = exchange.id
                 self._record(exchange, message["status"])
@@ -57,7 +57,7 @@ class Exchanges:
                 check(scope)
         except Refused as refused:
             app = refuse(scope, refused)
-        await app(scope, receive, with_id)
+        await app(scope, receive, send_with_id)
 
 
 def check_length(scope: Scope) -> None:

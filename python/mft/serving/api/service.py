@@ -81,7 +81,7 @@ class Service:
         access = access or Access()
         self._tasks, self._scheduler, self._metrics = tasks, scheduler, Metrics(tasks, scheduler)
         self._journal = Journal(log, self._metrics)
-        scheduler.on_step, tasks.on_unload = self._metrics.stepped, self._metrics.forget
+        scheduler.on_step, tasks.on_unload = self._metrics.count_rows, self._metrics.forget
         self._prompts = Prompts(tokenizer, length, max_tokens)
         self._most_bytes, self._reading = most_bytes(length), asyncio.Semaphore(READ_AT_ONCE)
         self._tokenizer = copy.deepcopy(tokenizer)  # the scheduler's thread decodes while others encode
@@ -148,7 +148,7 @@ class Service:
             asked = await asyncio.to_thread(self._read, kind, data)
         body, exchange = asked.body, exchange_of(request.scope)
         answer = form(body.model, exchange.id)
-        pieces = self._begin(asked, functools.partial(self._journal.answered, exchange, answer.id, body.model))
+        pieces = self._begin(asked, functools.partial(self._journal.record_answer, exchange, answer.id, body.model))
         if body.stream:
             return Stream(pieces, events(answer, pieces, with_usage=body.stream_options.include_usage))
         return await unless_client_leaves(request, pieces, whole(answer, pieces))
