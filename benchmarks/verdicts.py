@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from mft_study.arms.setting import Setting
 from mft_study.report.at_equal_bytes import AtEqualBytes, byte_verdicts
-from mft_study.report.dominance import Comparison, OnLoss, family_size, judged
+from mft_study.report.dominance import Comparison, OnLoss, family_size, make_comparison
 from mft_study.report.equal_budgets import EqualBudget
 from mft_study.report.general import OnText
 from mft_study.report.judge import side
@@ -107,7 +107,7 @@ def _comparison(values: Mapping[str, Any], rates: Mapping[str, int | None]) -> C
         difference, validation = _known(values[name]["difference"]), values[name]["validation"]
         losses.append(OnLoss(difference, validation, side(difference, validation)[0]))
     both = {name: rates[name] for name in (values["arm"], values["rival"])}
-    return judged(both, values["text"], *losses)
+    return make_comparison(both, values["text"], *losses)
 
 
 def _budget(values: Mapping[str, Any]) -> EqualBudget:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mft.config import TrainConfig
 from mft.masks.convert import masked_modules, set_scores
 from mft_study.arms.arm import Arm, Ground
-from mft_study.arms.weights import with_weights
+from mft_study.arms.weights import clone_with_weights
 
 from .aggregate import keep_probabilities, majority_mask, majority_sign, mean_update, sample_mask
 from .messages import Message, decode_mask, decode_signs, encode_mask, encode_signs, encode_with_feedback
@@ -145,7 +145,7 @@ class MaskVotes(Federation):
         for name, keeps in self.known().items():
             set_scores(self.masked[name], torch.from_numpy(np.where(keeps, 1.0, -1.0)).float())
         weights = self.arm.trained_weights(self.trained, self.ground)
-        return with_weights(self.ground.start, weights).eval()
+        return clone_with_weights(self.ground.start, weights).eval()
 
     def known(self) -> dict[str, NDArray]:
         """Return the mask that server and clients both have: messages encode the difference from it."""

@@ -14,7 +14,7 @@ from torch import nn
 from mft.evaluation.evaluate import evaluate
 from mft_study.evidence.power import ALPHA, deviations
 from mft_study.evidence.sums import NATS_DECIMALS, document_hashes
-from mft_study.report.statistics import Paired, differences, with_holm
+from mft_study.report.statistics import Paired, adjust_holm, differences
 
 Nats = Mapping[str, Sequence[float]]  # by text, for each document
 SPREADS = ("over_seeds", "over_documents")  # standard deviations
@@ -82,7 +82,7 @@ def compared(nats: Mapping[str, Mapping[int, Nats]], reference: str, documents: 
         both = [minus(own, nats[reference][seed]) for seed, own in runs.items() if seed in nats[reference]]
         if arm != reference and both:
             pairs[arm] = documents.paired(both)
-    found = zip(pairs, with_holm(differences(list(pairs.values()))), pairs.values())
+    found = zip(pairs, adjust_holm(differences(list(pairs.values()))), pairs.values())
     return {arm: asdict(one) | dict(zip(SPREADS, deviations(pair.sums, pair.counts))) for arm, one, pair in found}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mft.config import TrainConfig
 from mft_study.arms.arm import Arm, Ground
-from mft_study.arms.weights import Weights, with_weights
+from mft_study.arms.weights import Weights, clone_with_weights
 
 
 class Learner:
@@ -43,7 +43,9 @@ class OneOnAnother(Learner):
     def learn(self, task: str, rows: Any) -> None:
         ends = self.trained(self.now, rows)
         starts = {name: self.now.get_parameter(name).detach() for name in ends}
-        self.now = with_weights(self.now, {name: starts[name].lerp(end, self.alpha) for name, end in ends.items()})
+        self.now = clone_with_weights(
+            self.now, {name: starts[name].lerp(end, self.alpha) for name, end in ends.items()}
+        )
 
     def model(self, task: str) -> nn.Module:
         return self.now.eval()
@@ -74,7 +76,7 @@ class PerTask(Learner):
         self.ends[task] = self.trained(self.ground.start, rows)
 
     def model(self, task: str) -> nn.Module:
-        return with_weights(self.ground.start, self.ends.get(task, {})).eval()
+        return clone_with_weights(self.ground.start, self.ends.get(task, {})).eval()
 
 
 class United(PerTask):
@@ -85,7 +87,7 @@ class United(PerTask):
             return self.ground.start
         start, ends = self.ground.start, list(self.ends.values())
         united = {name: self.unite(start.get_parameter(name).detach(), [end[name] for end in ends]) for name in ends[0]}
-        return with_weights(self.ground.start, united).eval()
+        return clone_with_weights(self.ground.start, united).eval()
 
     @staticmethod
     def unite(start: Tensor, ends: Sequence[Tensor]) -> Tensor:

@@ -80,7 +80,7 @@ def data_study(study: StudyConfig, values: Sequence[str] = ()) -> StudyConfig:
             domains[f"{name} {share:g}"] = dataclasses.replace(data, max_train_tokens=tokens)
     answers = [name for name in domains if name.rpartition(" ")[0] in study.answers]
     arms = _prototypes(study, Full, Control) | _masks(study)
-    full, epochs = str(study.named(Full)), sorted(set(arms[str(study.named(Full))].epochs))
+    full, epochs = str(study.first_of_kind(Full)), sorted(set(arms[str(study.first_of_kind(Full))].epochs))
     if len(epochs) == 1:
         arms[full] = dataclasses.replace(arms[full], epochs=[*epochs, 2 * epochs[0]])
     general = {name: text for name, text in study.general.items() if name not in study.domains}  # domains are renamed
@@ -114,7 +114,7 @@ def derive(
             if name not in known_masks:
                 known = ", ".join(known_masks)
                 raise ValueError(f"--arm must be one of {known}, got {name!r}{nearest(name, known_masks)}")
-        study = _without(study, [name for name in known_masks if name not in masks])
+        study = _remove_arms(study, [name for name in known_masks if name not in masks])
     return ABLATIONS[what](study, values)
 
 
@@ -201,24 +201,24 @@ def _derived(study: StudyConfig, what: str, **changes: Any) -> StudyConfig:
 
 def _prototypes(study: StudyConfig, *kinds: type[Arm]) -> dict[str, Arm]:
     """Return the study's first arm of each kind, under its name in the study."""
-    return {str(study.named(kind)): _prototype(study, kind) for kind in kinds}
+    return {str(study.first_of_kind(kind)): _prototype(study, kind) for kind in kinds}
 
 
 def _masks(study: StudyConfig) -> dict[str, Arm]:
     """Return the study's masks that start at the full fine-tune, where the ablations' controls start too."""
     _prototype(study, Mask)  # raises if there is none
-    full = study.named(Full)
+    full = study.first_of_kind(Full)
     return {name: arm for name, arm in study.arms.items() if arm.is_mft and study.start_of(name) == full}
 
 
-def _without(study: StudyConfig, arms: Sequence[str]) -> StudyConfig:
+def _remove_arms(study: StudyConfig, arms: Sequence[str]) -> StudyConfig:
     """Return the study without these arms, and without every arm that needs them."""
     kept = (name for name in study.arms if not {name, *study.all_needs(name)}.intersection(arms))
     return dataclasses.replace(study, arms={name: study.arms[name] for name in kept})
 
 
 def _prototype(study: StudyConfig, kind: type[Arm]) -> Arm:
-    name = study.named(kind)
+    name = study.first_of_kind(kind)
     if name is None:
         raise ValueError(f"arms must hold one of kind {name_of(kind)} to be ablated, got {', '.join(study.arms)}")
     return study.arms[name]

@@ -23,7 +23,7 @@ class Bases:
     study: StudyConfig
     directory: Path
 
-    def of(self, seed: int) -> ModelConfig:
+    def model_config(self, seed: int) -> ModelConfig:
         """Return the declared model, or the model from scratch that make() has trained."""
         if self.study.scratch is None:
             return self.study.model

@@ -236,7 +236,7 @@ class StudyConfig:
         config = self.arms[arm]
         if config.of is not None:
             return self.start_of(config.of)
-        start = (config.start or self.named(Full)) if config.follows else None
+        start = (config.start or self.first_of_kind(Full)) if config.follows else None
         return None if start is None or self.is_base(start) else start
 
     def codes_under(self, arm: str) -> str | None:
@@ -282,7 +282,7 @@ class StudyConfig:
         """Return the texts that measure forgetting on a domain: all but the one with the domain's own name."""
         return [name for name in self.general if name != domain]
 
-    def named(self, kind: type[Arm]) -> str | None:
+    def first_of_kind(self, kind: type[Arm]) -> str | None:
         """Return the name of the first arm of a kind, or None."""
         return next((name for name, arm in self.arms.items() if isinstance(arm, kind)), None)
 

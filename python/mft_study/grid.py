@@ -55,14 +55,14 @@ def neighbours(best: Setting, grid: Collection[Setting], tried: Collection[Setti
         values = sorted({getattr(setting, name) for setting in (*grid, *tried)})
         for above in (False, True):
             farther = [value for value in values if (value > here if above else value < here)]
-            value = (min(farther) if above else max(farther)) if farther else _beyond(name, values, above)
+            value = (min(farther) if above else max(farther)) if farther else _next_value(name, values, above)
             beside: Any = {name: value}  # Setting has a field of another type
             if replace(best, **beside) not in tried:  # beyond keep ratio 0 or 1 the value is best's own
                 found.append(Neighbour(name, above, replace(best, **beside)))
     return found
 
 
-def _beyond(name: str, values: list[float], above: bool) -> float:
+def _next_value(name: str, values: list[float], above: bool) -> float:
     """Return the next value beyond an end, to three digits."""
     end, inner = (values[-1], values[-2]) if above else (values[0], values[1])
     if name == "keep_ratio":  # scale the dropped share, or the kept one if that would drop everything

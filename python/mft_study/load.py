@@ -30,7 +30,7 @@ def load_study(name: str | Path, overrides: list[str] | tuple[str, ...] = ()) ->
     values = read_mapping(path)
     origin = f"{path}: "
     for override in overrides:
-        _STUDY.apply_override(values, _of_only_domain(override, values))
+        _STUDY.apply_override(values, _domain_override(override, values))
     after = f" (with the overrides {' '.join(overrides)})" if overrides else ""
     for section in ("full", "stage", "rewards"):
         for key in _FROM_ARMS:
@@ -85,7 +85,7 @@ def study_schema() -> dict[str, Any]:
     return schema
 
 
-def _of_only_domain(override: str, values: dict[str, Any]) -> str:
+def _domain_override(override: str, values: dict[str, Any]) -> str:
     """Turn an override of data.KEY into one of the only domain; return any other as it is."""
     if not override.lstrip().startswith(_ONLY_DOMAIN):
         return override

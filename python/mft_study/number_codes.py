@@ -54,7 +54,7 @@ class _Levels:
         return torch.tensor(self.levels) / self.levels[-1]
 
     @property
-    def in_halves(self) -> bool:
+    def is_halved(self) -> bool:
         """Whether two codes share a byte, the first in the high bits."""
         return len(self.levels) <= 16
 
@@ -64,11 +64,11 @@ class _Levels:
         scales = blocks.abs().amax(1).bfloat16()
         scaled = torch.where(scales[:, None] > 0, blocks / scales[:, None].float(), 0).view(-1)[: len(numbers)]
         codes = torch.bucketize(scaled, (shares[1:] + shares[:-1]) / 2).to(torch.uint8)
-        return [_bytes_of(_halved(codes) if self.in_halves else codes), *_Bf16().encode(scales)]
+        return [_bytes_of(_halved(codes) if self.is_halved else codes), *_Bf16().encode(scales)]
 
     def decode(self, runs: list[bytes], counts: list[int]) -> list[Tensor]:
         read, coded = _numbers_of(runs[0]), counts
-        if self.in_halves:
+        if self.is_halved:
             read, coded = torch.stack((read >> 4, read & 15), 1).view(-1), [count + count % 2 for count in counts]
         codes = (code[:count].int() for code, count in zip(read.split(coded), counts))
         scales = _Bf16().decode(runs[1:], [-(-count // self.block) for count in counts])

@@ -163,37 +163,37 @@ def unit_from(values: dict[str, Any]) -> Unit:
 def measured_values(measured: Measured) -> dict[str, Any]:
     return {
         "evaluation": _evaluation_values(measured.evaluation),
-        "tempered": _if_known(_evaluation_values, measured.tempered),
+        "tempered": _make_if_known(_evaluation_values, measured.tempered),
         "temperature": measured.temperature,
-        "answers": _if_known(Tensor.tolist, measured.answers),
-        "questions": _if_known(Tensor.tolist, measured.questions),
+        "answers": _make_if_known(Tensor.tolist, measured.answers),
+        "questions": _make_if_known(Tensor.tolist, measured.questions),
     }
 
 
 def measured_from(values: dict[str, Any]) -> Measured:
     return Measured(
         _evaluation_from(values["evaluation"]),
-        _if_known(_evaluation_from, values["tempered"]),
+        _make_if_known(_evaluation_from, values["tempered"]),
         values["temperature"],
-        _if_known(torch.tensor, values["answers"]),
-        _if_known(torch.tensor, values["questions"]),
+        _make_if_known(torch.tensor, values["answers"]),
+        _make_if_known(torch.tensor, values["questions"]),
     )
 
 
 def outcome_values(outcome: Outcome) -> dict[str, Any]:
-    measured = _if_known(measured_values, outcome.measured)
+    measured = _make_if_known(measured_values, outcome.measured)
     changed = {"unit": asdict(outcome.unit), "measured": measured, "general": _general_values(outcome.general)}
-    return vars(outcome) | changed | {"where": _if_known(asdict, outcome.where)}
+    return vars(outcome) | changed | {"where": _make_if_known(asdict, outcome.where)}
 
 
 def outcome_from(values: dict[str, Any]) -> Outcome:
     changed = {
-        "measured": _if_known(measured_from, values["measured"]),
+        "measured": _make_if_known(measured_from, values["measured"]),
         "unit": unit_from(values["unit"]),
         "curve": [(share, loss) for share, loss in values["curve"]],
         "answers_curve": [(share, exact) for share, exact in values.get("answers_curve", ())],
         "general": _general_from(values["general"]),
-        "where": _where_from(values),
+        "where": _host_from(values),
     }
     return Outcome(**values | changed)
 
@@ -201,25 +201,25 @@ def outcome_from(values: dict[str, Any]) -> Outcome:
 def tested_values(tested: Tested) -> dict[str, Any]:
     splits = {"validation": measured_values(tested.validation), "test": measured_values(tested.test)}
     values = {"unit": asdict(tested.unit), "general": _general_values(tested.general)} | splits
-    return values | {"where": _if_known(asdict, tested.where)}
+    return values | {"where": _make_if_known(asdict, tested.where)}
 
 
 def tested_from(values: dict[str, Any]) -> Tested:
     validation, test = (measured_from(values[split]) for split in ("validation", "test"))
-    return Tested(unit_from(values["unit"]), validation, test, _general_from(values["general"]), _where_from(values))
+    return Tested(unit_from(values["unit"]), validation, test, _general_from(values["general"]), _host_from(values))
 
 
-def _if_known(make: Callable[[Any], Any], value: Any) -> Any:
+def _make_if_known(make: Callable[[Any], Any], value: Any) -> Any:
     return None if value is None else make(value)
 
 
-def _where_from(values: dict[str, Any]) -> Host | None:
-    return _if_known(lambda where: Host(**where), values.get("where"))
+def _host_from(values: dict[str, Any]) -> Host | None:
+    return _make_if_known(lambda where: Host(**where), values.get("where"))
 
 
 def _general_values(general: dict[str, General]) -> dict[str, Any]:
     return {
-        name: {"evaluation": _evaluation_values(one.evaluation), "kl": _if_known(Tensor.tolist, one.kl)}
+        name: {"evaluation": _evaluation_values(one.evaluation), "kl": _make_if_known(Tensor.tolist, one.kl)}
         for name, one in general.items()
     }
 
@@ -227,7 +227,8 @@ def _general_values(general: dict[str, General]) -> dict[str, Any]:
 def _general_from(values: dict[str, Any]) -> dict[str, General]:
     double = functools.partial(torch.tensor, dtype=torch.float64)
     return {
-        name: General(_evaluation_from(one["evaluation"]), _if_known(double, one["kl"])) for name, one in values.items()
+        name: General(_evaluation_from(one["evaluation"]), _make_if_known(double, one["kl"]))
+        for name, one in values.items()
     }
 
 

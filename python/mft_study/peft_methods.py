@@ -156,7 +156,7 @@ def add_adapter(model: nn.Module, names: Iterable[str], options: Mapping[str, An
     places = {"target_modules": names or None} if kind in BESIDE_LINEARS else _places_of(model, names, options)
     if kind == "SHIRA":  # its forward makes sparse tensors; torch warns unless its default (no checks) is set
         torch.sparse.check_sparse_tensor_invariants.disable()
-    with torch.random.fork_rng(), _told(f"{kind} cannot be used here"):
+    with torch.random.fork_rng(), _convert_errors(f"{kind} cannot be used here"):
         torch.manual_seed(seed)
         adapted = peft.get_peft_model(model, peft.get_peft_config(dict(options) | places), _ADAPTER)
         for parameter in adapted.parameters():
@@ -178,7 +178,7 @@ def merge_adapter(adapted: Any) -> tuple[nn.Module, list[str]]:
     from torch import nn
 
     changed: dict[str, torch.dtype] = {}
-    with torch.no_grad(), _told(f"{adapted.peft_type.value} cannot be merged"):
+    with torch.no_grad(), _convert_errors(f"{adapted.peft_type.value} cannot be merged"):
         for module, path in _adapters(adapted).items():
             base = module.get_base_layer()
             for name, parameter in list(base.named_parameters()):
@@ -255,7 +255,7 @@ def _cast_back(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> T
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
+def _convert_errors(what: str) -> Iterator[None]:
     """Raise errors of PEFT as MethodFailsError, whose message begins with what; silence its warnings."""
     try:
         with warnings.catch_warnings():

@@ -34,7 +34,7 @@ def ready(study: StudyConfig, done: Iterable[Outcome]) -> list[Unit]:
     found = _Found(study, done)
     units: list[Unit] = []
     for domain in study.domains:
-        if why := found.why_none(domain, str(study.named(Full))):
+        if why := found.why_none(domain, str(study.first_of_kind(Full))):
             raise RuntimeError(why)
         waiting = [
             unit
@@ -62,7 +62,7 @@ def chosen_settings(study: StudyConfig, outcomes: Iterable[Outcome]) -> Chosen:
     return chosen
 
 
-def without_result(study: StudyConfig, outcomes: Iterable[Outcome]) -> dict[str, dict[str, str]]:
+def why_no_setting(study: StudyConfig, outcomes: Iterable[Outcome]) -> dict[str, dict[str, str]]:
     """Return why arms have no setting that can be chosen, by domain and arm. The study goes on without them."""
     found = _Found(study, outcomes)
     why = {domain: {arm: found.why_none(domain, arm) for arm in study.arms} for domain in study.domains}
@@ -139,7 +139,7 @@ def parts_of(study: StudyConfig, unit: Unit) -> list[Unit]:
     return [replace(unit, arm=str(config.of)), *(replace(unit, part=part) for part in range(1, config.runs))]
 
 
-def left_to_do(study: StudyConfig, outcomes: Iterable[Outcome], tested: Iterable[Unit]) -> tuple[int, float]:
+def work_left(study: StudyConfig, outcomes: Iterable[Outcome], tested: Iterable[Unit]) -> tuple[int, float]:
     """Return how many units and test evaluations are left, as far as known, and their work (see work_of).
 
     If nothing is chosen for an arm, the middle of its grid stands in.

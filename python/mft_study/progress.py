@@ -22,15 +22,15 @@ class Shown:
         self._left, self._work_left = 0, 0.0
         self._begin = self._printed = time.perf_counter()
 
-    def kept(self, units: int) -> None:
+    def count_kept(self, units: int) -> None:
         """Count units that an earlier command, or another process, has done."""
         self._done += units
 
-    def left(self, units: int, work: float) -> None:
+    def set_left(self, units: int, work: float) -> None:
         """Set how many units, and how much work, are left as far as known."""
         self._left, self._work_left = units, work
 
-    def finished(self, words: str, seconds: float, work: float) -> None:
+    def count_finished(self, words: str, seconds: float, work: float) -> None:
         """Count a finished unit and its work, and print its line."""
         self._done += 1
         self._finished += 1

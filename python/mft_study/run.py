@@ -22,7 +22,6 @@ from mft_study.outcome import Findings, Outcome, Tested, Unit
 from mft_study.plan import (
     chosen_settings,
     chosen_units,
-    left_to_do,
     notes,
     open_ends,
     parts_of,
@@ -32,7 +31,8 @@ from mft_study.plan import (
     starts_of,
     teachers_of,
     units_declared,
-    without_result,
+    why_no_setting,
+    work_left,
     work_of,
 )
 from mft_study.progress import Shown, shown_progress
@@ -92,13 +92,13 @@ def run_study(
         check_installed()
     _check_sources(study)
     bases = Bases(study, directory)
-    workspace = _loaded(study, bases) if study.scratch is None else None
+    workspace = _load_workspace(study, bases) if study.scratch is None else None
     begin()
     with open_store(study, directory, overwrite=overwrite, joins=joins, say=say, pace=pace) as store:
         if workspace is None:
             with shown_progress(console) as shown:
                 _make_base(bases, store, study.seeds[0], shown)
-            workspace = _loaded(study, bases)
+            workspace = _load_workspace(study, bases)
         check_alike(workspace, store.directory, store.claims)
         lines = [f"{domain}: {note}" for domain in study.domains for note in workspace.splits(domain).notes]
         for domain in study.questions:
@@ -130,7 +130,7 @@ def run_study(
 
 def _make_base(bases: Bases, store: Store, seed: int, shown: Shown) -> None:
     """Train the base model of a seed in one process; the others wait for it."""
-    store.claims.once(
+    store.claims.call_once(
         claim_of_base(bases.path(seed)), lambda: bases.is_made(seed), lambda: bases.make(seed, shown.step)
     )
 
@@ -182,7 +182,7 @@ class _Run:
         if self._same_processor:
             check_processor(list(self.outcomes.values()))
         self.chosen = chosen_settings(self.study, self.outcomes.values())
-        self.shown.kept(len(self.outcomes) - known)
+        self.shown.count_kept(len(self.outcomes) - known)
 
     def _look_at_tests(self, units: list[Unit]) -> None:
         known = len(self.tested)
@@ -192,7 +192,7 @@ class _Run:
                 self.tested[unit] = tested
         if self._same_processor:
             check_processor(list(self.tested.values()))
-        self.shown.kept(len(self.tested) - known)
+        self.shown.count_kept(len(self.tested) - known)
 
     def _step(self, waiting: list[Unit], *, on_test: bool = False) -> bool:
         """Give units to idle workers and wait for one result, or for others; False if there is nothing to do."""
@@ -221,9 +221,9 @@ class _Run:
         else:
             self._take_outcome(result, begun)
         self.claims.release(begun.claim)
-        self.shown.left(*left_to_do(self.study, self.outcomes.values(), self.tested))
+        self.shown.set_left(*work_left(self.study, self.outcomes.values(), self.tested))
         work = work_of(self.study, job.unit, on_test=on_test)
-        self.shown.finished(f"{job_words(job)}: {_found_words(result)}", time.perf_counter() - begun.at, work)
+        self.shown.count_finished(f"{job_words(job)}: {_result_words(result)}", time.perf_counter() - begun.at, work)
         return True
 
     def _drop(self, error: JobFailed) -> None:
@@ -269,7 +269,7 @@ class _Run:
         teachers = None if on_test else teachers_of(study, chosen, unit)
         own = [unit] if on_test and study.arms[unit.arm].leaves_weights else []
         needed = [*starts, *parts, *([] if source is None else [source]), *(teachers or []), *own]
-        at = {run: self.store.trained(run, chosen) for run in (*needed, unit)}
+        at = {run: self.store.trained_path(run, chosen) for run in (*needed, unit)}
         job = Job(
             unit,
             tuple(at[run] for run in starts),
@@ -289,7 +289,7 @@ class _Run:
         if self.claims.shares or any(outcome.unit.arm in self.study.needs(arm) for arm in self.study.arms):
             # The chosen run of this arm decides which outcomes of the arms after it still belong to the study.
             self.outcomes = {kept.unit: kept for kept in self.store.outcomes()}
-            self.shown.kept(len(self.outcomes) - known)
+            self.shown.count_kept(len(self.outcomes) - known)
         self.chosen = chosen_settings(self.study, self.outcomes.values())
         self.store.prune(self.outcomes.values(), self.chosen)
 
@@ -322,7 +322,7 @@ def _check_sources(study: StudyConfig) -> None:
             )
 
 
-def _loaded(study: StudyConfig, bases: Bases) -> Workspace:
+def _load_workspace(study: StudyConfig, bases: Bases) -> Workspace:
     """Return the workspace with all data loaded. Raises: ValueError that says what is wrong with model or data."""
     workspace = Workspace(study, bases)
     for name in study.general:
@@ -345,7 +345,7 @@ def _units_words(study: StudyConfig) -> str:
     )
 
 
-def _found_words(result: Result) -> str:
+def _result_words(result: Result) -> str:
     if isinstance(result, Tested):
         return "evaluated"
     if result.diverged is not None:
@@ -374,7 +374,7 @@ def _findings(
     documents: dict[tuple[str, str, str], dict[int, int]],
 ) -> Findings:
     outcomes = sorted_outcomes(study, run.outcomes.values())
-    without = without_result(study, outcomes)
+    without = why_no_setting(study, outcomes)
     present = {domain: [arm for arm in study.arms if arm not in without[domain]] for domain in study.domains}
     tables: Any = [{domain: {arm: {} for arm in arms} for domain, arms in present.items()} for _ in range(3)]
     validation, test, general = tables

@@ -55,7 +55,7 @@ class Sensitivity:
 def layer_groups(model: nn.Module, mask: MaskConfig, *, size: int = 1) -> list[Group]:
     """Return groups of ``size`` consecutive layers among those that mask chooses; the last group may be smaller."""
     check_rule(size >= 1, "size", "be at least 1", size)
-    chosen = _by(model, mask, _layer_of(model))
+    chosen = _group_names(model, mask, _layer_of(model))
     layers = sorted(chosen)
     groups = []
     for start in range(0, len(layers), size):
@@ -68,7 +68,7 @@ def layer_groups(model: nn.Module, mask: MaskConfig, *, size: int = 1) -> list[G
 
 def kind_groups(model: nn.Module, mask: MaskConfig) -> list[Group]:
     """Return the layers that mask chooses, grouped by the last part of their names: q_proj, down_proj, ..."""
-    chosen = _by(model, mask, lambda name: name.rpartition(".")[2])
+    chosen = _group_names(model, mask, lambda name: name.rpartition(".")[2])
     return [Group(kind, tuple(names), f"mask.target_modules=[{kind}]") for kind, names in chosen.items()]
 
 
@@ -181,7 +181,7 @@ def _try(
     return Sensitivity(group, weights, paired_difference(first, start)[0], difference, error, flips)
 
 
-def _by(model: nn.Module, mask: MaskConfig, key: Callable[[str], object]) -> dict:
+def _group_names(model: nn.Module, mask: MaskConfig, key: Callable[[str], object]) -> dict:
     """Return the names that mask chooses, grouped by key(name), in the model's order."""
     chosen: dict = {}
     for name in select_targets(model, mask):

@@ -155,7 +155,7 @@ def fine_tunes_in(parent: str | os.PathLike, study: StudyConfig) -> int:
     """Return how many runs of study's full fine-tune parent holds. Raises: ValueError if it is no study's directory."""
     if not (Path(parent) / STUDY).is_file():
         raise ValueError(f"--fine-tunes-of must be the output_dir of a study, got {parent} without a {STUDY}")
-    return sum(outcome.unit.arm == study.named(Full) for outcome in Store(study, Path(parent)).outcomes())
+    return sum(outcome.unit.arm == study.first_of_kind(Full) for outcome in Store(study, Path(parent)).outcomes())
 
 
 class Store:
@@ -184,17 +184,19 @@ class Store:
         values, arm, config = self._values, self._values["arms"][unit.arm], self.study.arms[unit.arm]
         parts: dict[str, Any] = {
             "format": FORMAT,
-            "domain": _as_trained(values["domains"][unit.domain]),
-            "arm": {key: value for key, value in _without_grid(arm).items() if key not in _OF_OTHERS},
+            "domain": _training_values(values["domains"][unit.domain]),
+            "arm": {key: value for key, value in _drop_grid(arm).items() if key not in _OF_OTHERS},
             "unit": {"seed": unit.seed, "setting": _setting_values(unit.setting), "part": unit.part},
-            "of": _without_grid(values["arms"][arm["of"]]) if isinstance(config, Average) else None,
+            "of": _drop_grid(values["arms"][arm["of"]]) if isinstance(config, Average) else None,
             "start": start,
             "source": source,
             "teacher": teacher,
             "stage": values["stage"] if config.follows else None,
         }
         parts |= {name: values[name] for name in ("model", "scratch", "mask", "full", "checkpoints")}
-        parts["general"] = {name: _as_trained(values["general"][name]) for name in self.study.general_of(unit.domain)}
+        parts["general"] = {
+            name: _training_values(values["general"][name]) for name in self.study.general_of(unit.domain)
+        }
         if self.study.vary:
             parts["vary"] = sorted(self.study.vary)
         if self.study.objective != CROSS_ENTROPY:
@@ -224,7 +226,7 @@ class Store:
                 outcome
                 for key, outcome in known
                 if (unit := outcome.unit).arm in ready
-                and all(needed in chosen.get(unit.domain, {}) for needed in self._of_key(unit.arm))
+                and all(needed in chosen.get(unit.domain, {}) for needed in self._key_arms(unit.arm))
                 and key == self.key(unit, chosen)
             ]
             chosen = chosen_settings(self.study, valid)
@@ -237,14 +239,14 @@ class Store:
 
     def tell_outcome(self, outcome: Outcome, path: Path, own: Path | None = None, trained: Path | None = None) -> None:
         """Write an outcome to its path. own: where its weights are now, if they must still be moved to trained."""
-        self.claims.tell(path, _sealed(path, outcome_values(outcome)), own, trained)
+        self.claims.tell(path, _sealed_json(path, outcome_values(outcome)), own, trained)
         self._outcomes.pop(path, None)
 
     def check_outcome(self, unit: Unit, path: Path) -> None:
         """Raise ValueError if the file at a unit's path holds another unit's outcome."""
         _check_unit(unit, _read_as(outcome_from, path).unit, path)
 
-    def trained(self, unit: Unit, chosen: Chosen) -> Path:
+    def trained_path(self, unit: Unit, chosen: Chosen) -> Path:
         """Return where the trained weights of a unit lie, or will lie."""
         return self._path(TRAINED, unit, self.key(unit, chosen), "safetensors")
 
@@ -255,7 +257,7 @@ class Store:
         for outcome in outcomes:
             unit = outcome.unit
             if unit.setting != best.get((unit.domain, unit.arm)):
-                self.trained(unit, chosen).unlink(missing_ok=True)
+                self.trained_path(unit, chosen).unlink(missing_ok=True)
 
     def clear_scratch(self) -> None:
         """Delete what killed processes left half-written: weights, bases, and if alone results. Raises: NotWritten."""
@@ -283,7 +285,7 @@ class Store:
 
     def tell_tested(self, tested: Tested, path: Path) -> None:
         """Write what test found to its path."""
-        self.claims.tell(path, _sealed(path, tested_values(tested)))
+        self.claims.tell(path, _sealed_json(path, tested_values(tested)))
 
     def open_test(self, units: list[Unit], chosen: Chosen) -> int:
         """Record that test will see these units' models. Returns: how many different sets of models it has seen."""
@@ -292,7 +294,9 @@ class Store:
         def openings() -> list[list[str]]:
             return _read_list(path, list) if path.is_file() else []
 
-        self.claims.once("test", lambda: keys in openings(), lambda: write_whole(path, json.dumps([*openings(), keys])))
+        self.claims.call_once(
+            "test", lambda: keys in openings(), lambda: write_whole(path, json.dumps([*openings(), keys]))
+        )
         return len(openings())
 
     def open_reserve(self, units: list[Unit], chosen: Chosen, *, again: bool) -> list[str]:
@@ -309,7 +313,7 @@ class Store:
             found = open_reserve(self.study, self.directory, models, again=again)
             write_whole(path, json.dumps([entry["study"] for entry in found]))
 
-        self.claims.once("reserve", lambda: self.claims.shares and path.is_file(), open_it)
+        self.claims.call_once("reserve", lambda: self.claims.shares and path.is_file(), open_it)
         return _read_list(path, str)
 
     def report_once(self, units: list[Unit], chosen: Chosen, report: Callable[[], None]) -> bool:
@@ -324,12 +328,12 @@ class Store:
             report()
             write_whole(path, json.dumps(keys))
 
-        return self.claims.once("report", is_done, make)
+        return self.claims.call_once("report", is_done, make)
 
     def _keys(self, units: list[Unit], chosen: Chosen) -> list[str]:
         return sorted(self.key(unit, chosen) for unit in units)
 
-    def _of_key(self, arm: str) -> list[str]:
+    def _key_arms(self, arm: str) -> list[str]:
         """Return the arms whose chosen settings enter an arm's keys. An average shares its source's setting."""
         return [name for name in self.study.needs(arm) if self.study.chooser(arm) != name]
 
@@ -351,12 +355,12 @@ def claim_of_base(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------- private
 
 
-def _as_trained(data: dict[str, Any]) -> dict[str, Any]:
+def _training_values(data: dict[str, Any]) -> dict[str, Any]:
     """Return the values of data as training and validation see them; the reserve changes nothing there."""
     return data | {"subset": None} if data["subset"] == RESERVE else data
 
 
-def _without_grid(arm: dict[str, Any]) -> dict[str, Any]:
+def _drop_grid(arm: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arm.items() if key not in (*CHOICES, *_OPTIONS, *_CHOOSES)}
 
 
@@ -406,7 +410,7 @@ def _other(path: Path, found: Any) -> ValueError:
     return ValueError(f"{path} must be the JSON that was written, got {found}: delete it to run it again")
 
 
-def _sealed(path: Path, values: dict[str, Any]) -> str:
+def _sealed_json(path: Path, values: dict[str, Any]) -> str:
     return json.dumps(values | {_CHECKSUM: _checksum(path, values)}, allow_nan=False)
 
 
@@ -430,7 +434,7 @@ def _declare_beside(path: Path, study: StudyConfig, leases: Leases) -> None:
         write_whole(path / STUDY, dump_yaml(study_values(study)))
         return
     before, now = _declared(path / STUDY), study_values(study)
-    differs = changed(before, now, additions=False)
+    differs = changed_keys(before, now, additions=False)
     if differs and leases.has_others(JOINED):
         raise ValueError(
             f"--join must have the same configuration as the processes that work there, see {path / STUDY}; changed: "
@@ -459,7 +463,7 @@ def _check_unchanged(directory: Path, study: StudyConfig, overwrite: bool) -> No
         if (directory / UNITS).exists():
             raise ValueError(f"output_dir must hold {STUDY} next to {UNITS}/, {directory} lacks it: pass --overwrite")
         return
-    changes = changed(_declared(path), study_values(study))
+    changes = changed_keys(_declared(path), study_values(study))
     if changes:
         raise ValueError(
             f"{path} must match the given configuration: only arms, domains, seeds after the first and grid values "
@@ -468,7 +472,7 @@ def _check_unchanged(directory: Path, study: StudyConfig, overwrite: bool) -> No
         )
 
 
-def changed(before: dict[str, Any], now: dict[str, Any], *, additions: bool = True) -> list[str]:
+def changed_keys(before: dict[str, Any], now: dict[str, Any], *, additions: bool = True) -> list[str]:
     """Return the keys, with old and new values, in which a study differs; without those that only add, if additions."""
     old, new = _flat(before), _flat(now)
     lines = []

@@ -26,7 +26,7 @@ class RememberedTeacher:
         with keep_apart(model, dataset, few, batch_size):
             for start in range(0, len(dataset), batch_size):
                 batch = take_rows(dataset, list(range(start, min(start + batch_size, len(dataset)))))
-                for row, state in zip(batch.rows, self._made(batch)):
+                for row, state in zip(batch.rows, self._run_model(batch)):
                     self._known.remember(row, state)
 
     def hidden_states(self, batches: Sequence[MicroBatch]) -> Iterator[Tensor]:
@@ -34,9 +34,9 @@ class RememberedTeacher:
         for batch in batches:
             known = [self._known.states.get(row) for row in batch.rows]
             found = [state for state in known if state is not None]
-            yield torch.stack(found).to(self._device) if len(found) == len(known) else self._made(batch)
+            yield torch.stack(found).to(self._device) if len(found) == len(known) else self._run_model(batch)
 
     @torch.no_grad()
-    def _made(self, batch: MicroBatch) -> Tensor:
+    def _run_model(self, batch: MicroBatch) -> Tensor:
         with by_own_length(self._model):
             return self._run(self._model, *inputs_of(batch, self._model, self._device))

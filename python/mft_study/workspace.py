@@ -24,7 +24,7 @@ from mft.models.pretrained import load_model
 from mft.quantizers import quantizer
 from mft_study.arms.arm import Arm
 from mft_study.arms.setting import Setting
-from mft_study.arms.weights import load_weights, with_weights
+from mft_study.arms.weights import clone_with_weights, load_weights
 from mft_study.bases import Bases
 from mft_study.config import VARY_DATA, StudyConfig
 from mft_study.teacher import RememberedTeacher
@@ -52,7 +52,7 @@ class Workspace:
         self._layers: dict[tuple[str, str | None], tuple[list[str], int]] = {}
         for arm in study.arms.values():
             if arm.of is None:
-                for setting in _by_config(arm.settings(study.mask)):
+                for setting in _first_per_config(arm.settings(study.mask)):
                     arm.targets(self.base, study.mask, setting)  # raises before anything is trained
             if arm.quantization is not None:
                 quantizer(arm.quantization).check_library()
@@ -75,7 +75,7 @@ class Workspace:
         if self._begun == begun:
             return
         self.base, self._seed = self._base_of(seed), self._varying(seed)
-        self.model = self._after(starts)
+        self.model = self._trained_base(starts)
         self._begun = begun
         self._memories[self._begun] = self._memories.pop(self._begun, {})  # the latest comes last
         while len(self._memories) > 1 and self._remembered_bytes() > _EARLIER:
@@ -85,14 +85,14 @@ class Workspace:
         """Return the base model with these trained weights, for a teacher of answers that are not known yet."""
         key = domain, ends, self._seed
         if self._teaching is None or self._teaching[0] != key:
-            self._teaching = key, self._after(ends)
+            self._teaching = key, self._trained_base(ends)
         return self._teaching[1]
 
     def teacher(self, domain: str, ends: tuple[Path, ...]) -> RememberedTeacher:
         """Return the base model with these trained weights, as a teacher on the training rows."""
         key = domain, ends, self._seed
         if self._teacher is None or self._teacher[0] != key:
-            self._teacher = key, RememberedTeacher(self._after(ends), self.splits(domain).train, batch_size=ROWS)
+            self._teacher = key, RememberedTeacher(self._trained_base(ends), self.splits(domain).train, batch_size=ROWS)
         return self._teacher[1]
 
     def layers_of(self, arm: Arm, setting: Setting | None = None) -> tuple[list[str], int]:
@@ -101,7 +101,7 @@ class Workspace:
         If setting does not decide the layers, those of all settings count.
         """
         source, mask = self.study.arms[arm.of] if arm.of is not None else arm, self.study.mask
-        settings = _by_config(source.settings(mask))
+        settings = _first_per_config(source.settings(mask))
         own = [each for each in settings if setting is not None and each.config == setting.config]
         found = []
         for each in own or settings:
@@ -129,7 +129,7 @@ class Workspace:
 
     def _base_of(self, seed: int) -> Any:
         """Return the frozen base model of a seed; it is loaded once."""
-        config = self._bases.of(seed)
+        config = self._bases.model_config(seed)
         if config.name not in self._loaded:
             texts = (*self.study.domains.values(), *self.study.general.values(), *self.study.questions.values())
             longest = max(data.sequence_length for data in texts)
@@ -150,15 +150,15 @@ class Workspace:
     def _remembered_bytes(self) -> int:
         return sum(memory.nbytes for memories in self._memories.values() for memory in memories.values())
 
-    def _after(self, trained: tuple[Path, ...]) -> nn.Module:
+    def _trained_base(self, trained: tuple[Path, ...]) -> nn.Module:
         """Return the base model with these trained weights, one file after the other."""
         model = self.base
         for path in trained:
-            model = with_weights(model, load_weights(path))
+            model = clone_with_weights(model, load_weights(path))
         return model
 
 
-def with_layers_remembered(
+def remember_layers(
     model: nn.Module, dataset, *, batch_size: int, first: int = 0, memory: PrefixMemory | None = None
 ) -> dict[str, Any]:
     """Return options of evaluate with which further passes over dataset run only the head. model is in eval mode."""
@@ -167,7 +167,7 @@ def with_layers_remembered(
     return {"batch_size": batch_size, "first": depth, "memory": whole}
 
 
-def _by_config(settings: Iterable[Setting]) -> Iterable[Setting]:
+def _first_per_config(settings: Iterable[Setting]) -> Iterable[Setting]:
     """Return the first setting of each config, since settings with one config are on the same layers."""
     return {setting.config: setting for setting in reversed(list(settings))}.values()
 

@@ -11,7 +11,7 @@ from mft.evaluation.evaluate import evaluate
 from mft.evaluation.kl_divergence import kl_divergence
 from mft.masks.convert import masked_modules
 from mft.models.frozen_layers import PrefixMemory
-from mft_study.workspace import with_layers_remembered
+from mft_study.workspace import remember_layers
 
 
 def rows_of_three_documents():
@@ -68,7 +68,7 @@ def test_layers_that_both_share_may_be_remembered():
     found, _ = kl_divergence(model, start, rows, first=3, memory=memory)
     assert torch.equal(found, expected)
     assert sorted(memory.states) == list(range(5))
-    whole = with_layers_remembered(model, rows, batch_size=2, first=3, memory=memory)["memory"]
+    whole = remember_layers(model, rows, batch_size=2, first=3, memory=memory)["memory"]
     again, _ = kl_divergence(model, start, rows, first=3, memory=memory, whole=whole)  # of the model only
     assert torch.equal(again, found)
 

@@ -17,9 +17,9 @@ from mft.models.causal_lm import clone_with_own_weights
 from mft_study.arms.fp32_steps import compute_in_fp32, learn_factors
 from mft_study.arms.kinds import KINDS, make_arm
 from mft_study.arms.setting import Setting
-from mft_study.arms.weights import with_weights
+from mft_study.arms.weights import clone_with_weights
 from mft_study.bases import Bases
-from mft_study.plan import best_so_far, chosen_settings, without_result
+from mft_study.plan import best_so_far, chosen_settings, why_no_setting
 from mft_study.units.job import arm_of, ground_of, model_of
 from mft_study.units.run import run_test, run_unit
 from mft_study.workspace import Workspace
@@ -38,7 +38,7 @@ def ground(ground):
 
 def left_of(kind, delta, *args, **options):
     """Return what a kind of compression keeps of a difference."""
-    return KINDS[kind].of_delta(delta, *args, **options)
+    return KINDS[kind].compress(delta, *args, **options)
 
 
 def start_of(ground, names):
@@ -104,7 +104,9 @@ def test_a_delta_does_not_vanish_in_bfloat16_weights():
     before = base.get_parameter(f"{name}.weight").clone()
     weight = before.float() + before.float().abs() * 2**-10  # at most a quarter of bfloat16's step
     assert torch.equal(weight.bfloat16(), before)
-    model = with_weights(compute_in_fp32(clone_with_own_weights(base), [f"{name}.weight"]), {f"{name}.weight": weight})
+    model = clone_with_weights(
+        compute_in_fp32(clone_with_own_weights(base), [f"{name}.weight"]), {f"{name}.weight": weight}
+    )
     x = torch.randn(5, before.shape[1], generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(model.get_submodule(name)(x), torch.nn.functional.linear(x.float(), weight).bfloat16())
     ids = make_rows(4).with_format("torch")[:]["input_ids"]
@@ -255,4 +257,4 @@ def test_an_arm_none_of_whose_settings_is_small_enough_has_no_result_and_its_key
         "(lr 0.0001, epochs 1, rank 1) stores 100: add smaller ones to its grid, or raise it"
     )
     study = study_of(make_arm("lora", lrs=RATES, lora_ranks=[1, 2], max_bytes=99), extensions=0)
-    assert without_result(study, better_and_larger_by_rank(study)) == {"code": {"arm": message}}
+    assert why_no_setting(study, better_and_larger_by_rank(study)) == {"code": {"arm": message}}

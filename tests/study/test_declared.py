@@ -36,7 +36,7 @@ def test_every_shipped_study_loads_by_its_name(name):
     """Each also tries enough rates for a fair choice."""
     study = load_study(name)
     assert all(len(arm.lrs) == 0 or len(arm.lrs) >= LEAST_RATES for arm in study.arms.values() if arm.follows)
-    full = len(study.arms[study.named(Full)].lrs)
+    full = len(study.arms[study.first_of_kind(Full)].lrs)
     assert full >= LEAST_RATES or not full  # some use the model as it comes
 
 

@@ -13,7 +13,7 @@ from mft.masks.convert import mask_model, masked_modules
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.experts import expert_projections
 from mft.training.loop import train_loop
-from mft_study.arms.weights import with_weights
+from mft_study.arms.weights import clone_with_weights
 from mft_study.one_shot import one_shot_mask
 from mft_study.peft_methods import add_adapter, lora_options, merge_adapter
 
@@ -101,7 +101,7 @@ def test_a_clones_experts_are_trained_and_put_back_by_their_parameters_name(mode
     trained = clone.get_parameter(UP).detach()
     assert not torch.equal(trained, before)
     assert torch.equal(model.get_parameter(UP), before)
-    again = with_weights(model, {UP: trained})
+    again = clone_with_weights(model, {UP: trained})
     assert torch.equal(again.get_parameter(UP), trained)
     assert torch.equal(model.get_parameter(UP), before)
 

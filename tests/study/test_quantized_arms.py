@@ -17,7 +17,7 @@ from mft.models.causal_lm import clone_with_own_weights
 from mft.models.codes.weight import QuantizedWeight, quantized_weights
 from mft.models.linears import weight_name
 from mft_study.arms.size import score_bytes
-from mft_study.arms.weights import with_weights
+from mft_study.arms.weights import clone_with_weights
 from mft_study.bases import Bases
 from mft_study.load import load_study
 from mft_study.outcome import Unit
@@ -68,7 +68,7 @@ class Done:
         return Unit("count", arm, 0, self.findings.chosen["count"][arm])
 
     def path(self, arm):
-        return self.store.trained(self.unit(arm), self.findings.chosen)
+        return self.store.trained_path(self.unit(arm), self.findings.chosen)
 
     def weights(self, arm):
         return load_file(self.path(arm))
@@ -85,7 +85,7 @@ def done(ground):
 
 def codes_of(done, weights, kind):
     """Return what the codes of quantize_model hold for the base model with these weights, by parameter name."""
-    model = with_weights(done.workspace.base, weights)
+    model = clone_with_weights(done.workspace.base, weights)
     own = clone_with_own_weights(model, {name.rpartition(".")[0] for name in done.weights("NF4")})
     found = quantized_weights(quantize_model(own.requires_grad_(False), kind))
     return {weight_name(model, name): weight.dense() for name, weight in found.items()}
@@ -141,7 +141,7 @@ def test_what_lies_in_codes_costs_no_memory_and_the_bytes_of_what_it_is_made_of(
 
 def test_an_arm_with_a_teacher_learns_its_words_and_not_the_texts(done):
     base, rows = done.workspace.base, done.workspace.splits("count").train
-    full, like = (with_weights(base, done.weights(arm)) for arm in ("full", "like full"))
+    full, like = (clone_with_weights(base, done.weights(arm)) for arm in ("full", "like full"))
     before, after = (kl_divergence(model, full, rows, batch_size=8)[0].sum() for model in (base, like))
     assert after < 0.3 * before
     # This arm begins at its teacher, so its gradient is only rounding error, of which AdamW still makes steps.

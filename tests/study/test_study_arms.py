@@ -15,7 +15,7 @@ from mft.evaluation.kl_divergence import kl_divergence
 from mft.files.mask_coding import coded_size
 from mft.masks.convert import masked_modules
 from mft_study.arms.setting import Setting
-from mft_study.arms.weights import with_weights
+from mft_study.arms.weights import clone_with_weights
 from mft_study.bases import Bases
 from mft_study.outcome import Unit
 from mft_study.units import measure
@@ -230,7 +230,7 @@ def test_an_average_is_the_mean_of_the_merged_weights(ground):
             assert one < average.bytes < 2.2 * one
             mean = {name: (first[name] + second[name]) / 2 for name in first}
             validation = ground.workspace.splits("count").validation
-            assert average.loss == pytest.approx(evaluate(with_weights(fine_tune(ground), mean), validation).loss)
+            assert average.loss == pytest.approx(evaluate(clone_with_weights(fine_tune(ground), mean), validation).loss)
 
 
 def test_a_run_that_does_not_stay_finite_is_an_outcome(ground):
@@ -315,7 +315,7 @@ def test_what_is_forgotten_is_measured_on_other_text(ground):
     assert outcome.general["other"].evaluation.loss == evaluate(fine_tune(ground), other.validation, batch_size=8).loss
     assert tested.general["other"].evaluation.loss == evaluate(fine_tune(ground), other.test, batch_size=8).loss
     outcome = ground.run("control")  # only its layers above those of the start run
-    control = with_weights(fine_tune(ground), ground.weights("control")).eval()
+    control = clone_with_weights(fine_tune(ground), ground.weights("control")).eval()
     assert outcome.general["other"].evaluation.loss == evaluate(control, other.validation, batch_size=8).loss
     assert outcome.general["other"].kl is None  # measured for chosen runs only
     kl, _ = kl_divergence(control, fine_tune(ground), other.test, batch_size=8)

@@ -12,7 +12,7 @@ from test_study_plan import RATES, make, play
 from mft_study.arms.kinds import make_arm
 from mft_study.arms.setting import Setting
 from mft_study.grid import DIRECTIONS, OpenEnd, neighbours
-from mft_study.plan import chosen_settings, notes, open_ends, without_result
+from mft_study.plan import chosen_settings, notes, open_ends, why_no_setting
 
 FULL = {"full": make_arm("full", lrs=RATES)}
 
@@ -168,7 +168,7 @@ def test_scales_that_gain_nothing_over_untrained_ones_are_not_led_back_to_them()
 def test_an_arm_that_diverges_in_its_whole_grid_tries_lower_rates():
     study, done, _ = grown(make_arm("control", lrs=RATES), lambda u: math.inf if u.arm == "arm" else 2.0)
     words = "it diverged in each (lr 1e-06, epochs 1; lr 1e-05, epochs 1; lr 0.0001"
-    assert words in without_result(study, done)["code"]["arm"]
+    assert words in why_no_setting(study, done)["code"]["arm"]
 
 
 def test_a_mask_without_data_does_not_grow_towards_dropping_nothing():

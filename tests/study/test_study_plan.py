@@ -18,14 +18,14 @@ from mft_study.outcome import Measured, Outcome, Unit
 from mft_study.plan import (
     chosen_settings,
     chosen_units,
-    left_to_do,
     notes,
     parts_of,
     ready,
     sorted_outcomes,
     source_of,
     starts_of,
-    without_result,
+    why_no_setting,
+    work_left,
 )
 
 RATES = [1e-4, 1e-3, 1e-2]
@@ -168,11 +168,11 @@ def test_a_study_goes_on_without_an_arm_that_always_diverges_unless_others_begin
 
     study = make()
     done = play(study, lost("MFT"))
-    (why,) = (words for arm, words in without_result(study, done)["code"].items() if arm == "MFT")
+    (why,) = (words for arm, words in why_no_setting(study, done)["code"].items() if arm == "MFT")
     assert re.match(r"code, MFT must stay finite in one of its settings.*arms.MFT.lrs", why)
-    assert without_result(study, done)["code"]["mean"] == "code, mean must have what it needs, MFT, which has no result"
+    assert why_no_setting(study, done)["code"]["mean"] == "code, mean must have what it needs, MFT, which has no result"
     assert {unit.arm for unit in chosen_units(study, done)} == {"base", "full", "control", "random", "temperature"}
-    assert left_to_do(study, done, chosen_units(study, done)) == (0, 0)
+    assert work_left(study, done, chosen_units(study, done)) == (0, 0)
     with pytest.raises(RuntimeError, match=r"code, full must stay finite in one of its settings.*arms.full.lrs"):
         play(make(), lost("full"))
 

@@ -35,8 +35,8 @@ def filled(tmp_path, loss=None, **options):
     with open_store(study, tmp_path / "run") as store:
         for one in done:
             store.tell_outcome(one, store.path(one.unit, chosen))
-            store.trained(one.unit, chosen).parent.mkdir(parents=True, exist_ok=True)
-            store.trained(one.unit, chosen).write_text("weights")
+            store.trained_path(one.unit, chosen).parent.mkdir(parents=True, exist_ok=True)
+            store.trained_path(one.unit, chosen).write_text("weights")
     return study, done, chosen
 
 
@@ -170,7 +170,7 @@ def test_only_trained_weights_that_may_be_needed_stay(tmp_path):
     study, done, chosen = filled(tmp_path)
     store = Store(study, tmp_path / "run")
     store.prune(done, chosen)
-    left = {one.unit for one in done if store.trained(one.unit, chosen).is_file()}
+    left = {one.unit for one in done if store.trained_path(one.unit, chosen).is_file()}
     assert left == {one.unit for one in done if one.unit.setting == chosen["count"][one.unit.arm]}
     assert len(left) < len(done)
 

@@ -13,7 +13,7 @@ from mft.files.figure import COLOURS
 from mft_study.arms.arm import LEARNING, ON_LAYERS, Arm, Ground, parse_arm_layers
 from mft_study.arms.setting import Setting
 from mft_study.arms.size import ADAPTER_BYTES, NUMBER
-from mft_study.arms.weights import Weights, with_weights
+from mft_study.arms.weights import Weights, clone_with_weights
 from mft_study.peft_methods import (
     BESIDE_LINEARS,
     PLACES,
@@ -98,11 +98,11 @@ class Adapters(Arm):
         model, names = merge_adapter(self._loaded(ground, weights))
         return {name: model.get_parameter(name).detach() for name in names}
 
-    def in_codes(self, start: nn.Module, merged: Weights, codes: str) -> Weights:
+    def round_to_codes(self, start: nn.Module, merged: Weights, codes: str) -> Weights:
         """Return the weights rounded to codes again, with new scales per block."""
         from mft.masks.quantize import rounded_weights
 
-        rounded = rounded_weights(with_weights(start, merged), codes)
+        rounded = rounded_weights(clone_with_weights(start, merged), codes)
         return {name: rounded.get(name, weight) for name, weight in merged.items()}
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:

@@ -44,7 +44,7 @@ from mft.files.figure import COLOURS
 from mft.rewards.teacher import check_prompt
 from mft_study.arms.setting import CHOICES, Setting
 from mft_study.arms.size import NUMBER, model_numbers, trained_weight_bytes
-from mft_study.arms.weights import Weights, load_weights, with_weights
+from mft_study.arms.weights import Weights, clone_with_weights, load_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -215,7 +215,7 @@ class Arm:
 
     # ------------------------------------------------------------------------------- its models
 
-    def made(self, ground: Ground) -> Weights | None:
+    def made_weights(self, ground: Ground) -> Weights | None:
         """Return the weights that an untrained arm's run saves; None: it saves none."""
         return None
 
@@ -225,7 +225,7 @@ class Arm:
 
     def model_with(self, ground: Ground, weights: Weights) -> nn.Module:
         """Return the model from what trained_weights returned."""
-        return with_weights(ground.start, weights).eval()
+        return clone_with_weights(ground.start, weights).eval()
 
     def decoded(self, ground: Ground, weights: Weights) -> nn.Module:
         """Return the model from fp32 weights; a model of a narrower dtype computes with them in fp32 too."""
@@ -235,13 +235,13 @@ class Arm:
         model = ground.start
         if not self.whole_model:  # then no changed weight is tied
             model = compute_in_fp32(clone_with_own_weights(model), weights)
-        return with_weights(model, weights).eval()
+        return clone_with_weights(model, weights).eval()
 
     def merged(self, ground: Ground, weights: Weights) -> Weights:
         """Return the weights as the ordinary model has them, by its names."""
         return weights
 
-    def in_codes(self, start: nn.Module, merged: Weights, codes: str) -> Weights:
+    def round_to_codes(self, start: nn.Module, merged: Weights, codes: str) -> Weights:
         """Return merged as the format ``codes`` can hold it; the weights of start are in this format already."""
         raise NotImplementedError
 

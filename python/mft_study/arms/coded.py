@@ -49,7 +49,7 @@ class Coded(Arm):
         formats = dict.fromkeys(self.formats)
         return super().choices(mask) | {"config": [json.dumps({"format": one}) for one in formats]}
 
-    def made(self, ground: Ground) -> Weights:
+    def made_weights(self, ground: Ground) -> Weights:
         import torch
 
         return {_STREAM: torch.frombuffer(bytearray(self._stream(ground)), dtype=torch.uint8)}

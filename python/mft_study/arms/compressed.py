@@ -38,14 +38,14 @@ class _Compressed(Arm):
         return source.compressible
 
     @classmethod
-    def of_delta(cls, delta: Tensor, share: float | None = None, factor: Tensor | None = None) -> Tensor:
+    def compress(cls, delta: Tensor, share: float | None = None, factor: Tensor | None = None) -> Tensor:
         """Return what is kept of delta (N, K), (E, N, K) or (N,), fp32. factor multiplies bitdelta's scales."""
         if delta.dim() < 2:
             return _rounded(delta)
-        return cls.of_matrices(delta.reshape(-1, delta.shape[-2:].numel()), share, factor).reshape(delta.shape)
+        return cls.compress_matrices(delta.reshape(-1, delta.shape[-2:].numel()), share, factor).reshape(delta.shape)
 
     @classmethod
-    def of_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
+    def compress_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
         """Return what is kept of each row of matrices, which is one flattened matrix."""
         raise NotImplementedError
 
@@ -55,13 +55,13 @@ class _Compressed(Arm):
         raise NotImplementedError
 
     def model(self, ground: Ground, path: Path) -> nn.Module:
-        return self.with_factors(ground, {})
+        return self.model_with_factors(ground, {})
 
-    def with_factors(self, ground: Ground, factors: Mapping[str, Tensor]) -> nn.Module:
+    def model_with_factors(self, ground: Ground, factors: Mapping[str, Tensor]) -> nn.Module:
         """Return the model with start + what is kept of trained - start, in fp32."""
         weights = Weights()
         for name, (start, end) in _starts_and_ends(ground).items():
-            left = self.of_delta(end.float() - start.float(), ground.setting.share, factors.get(name))
+            left = self.compress(end.float() - start.float(), ground.setting.share, factors.get(name))
             weights[name] = start.float() + left
         return ground.source.model_with(ground, weights)
 
@@ -91,7 +91,7 @@ class BitDelta(_Compressed):
         return super().may_be_of(source) and not (self.lrs and source.whole_model)
 
     @classmethod
-    def of_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
+    def compress_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
         import torch
 
         scale = matrices.abs().mean(-1, keepdim=True)
@@ -109,7 +109,7 @@ class BitDelta(_Compressed):
     def model_with(self, ground: Ground, weights: Weights) -> nn.Module:
         from mft_study.arms.fp32_steps import factors_of
 
-        return self.with_factors(ground, factors_of(weights))
+        return self.model_with_factors(ground, factors_of(weights))
 
     def untrained(self, ground: Ground) -> nn.Module:
         """Return a model in which only the scales can be trained."""
@@ -117,7 +117,7 @@ class BitDelta(_Compressed):
         from mft_study.arms.fp32_steps import compute_in_fp32, learn_factors
 
         pairs = _starts_and_ends(ground).items()
-        steps = {name: self.of_delta(end.float() - start.float()) for name, (start, end) in pairs}
+        steps = {name: self.compress(end.float() - start.float()) for name, (start, end) in pairs}
         return learn_factors(compute_in_fp32(clone_with_own_weights(ground.start), steps), steps)
 
 
@@ -132,7 +132,7 @@ class Ternary(_OfShare):
     colour = COLOURS["ternary"]
 
     @classmethod
-    def of_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
+    def compress_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
         largest = _largest(matrices.abs(), share)
         scale = _rounded((matrices.abs() * largest).sum(-1, keepdim=True) / largest.sum(-1, keepdim=True))
         return (scale * matrices.sign()).where(largest, 0)
@@ -151,7 +151,7 @@ class SparseDelta(_OfShare):
     colour = COLOURS["sparse delta"]
 
     @classmethod
-    def of_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
+    def compress_matrices(cls, matrices: Tensor, share: float | None, factor: Tensor | None) -> Tensor:
         return _rounded(matrices).where(_largest(matrices.abs(), share), 0)
 
     @classmethod

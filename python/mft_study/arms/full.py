@@ -57,7 +57,7 @@ class Full(_AllWeights):
     follows = False
     makes_weights = True
 
-    def made(self, ground: Ground) -> Weights | None:
+    def made_weights(self, ground: Ground) -> Weights | None:
         return {}
 
     def model(self, ground: Ground, path: Path) -> nn.Module:

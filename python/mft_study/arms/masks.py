@@ -115,7 +115,7 @@ class Mask(_AnyMask):
             weights[weight_name(ground.start, name)] = kept.cpu().contiguous()
         return weights
 
-    def in_codes(self, start: nn.Module, merged: Weights, codes: str) -> Weights:
+    def round_to_codes(self, start: nn.Module, merged: Weights, codes: str) -> Weights:
         """Return merged unchanged: each weight is the start's or 0, and all codes have a 0."""
         return merged
 

@@ -9,7 +9,7 @@ from mft.checks import check_rule
 from mft_study.arms.arm import Arm, Ground
 from mft_study.arms.full import Full
 from mft_study.arms.size import NUMBER, model_numbers
-from mft_study.arms.weights import with_weights
+from mft_study.arms.weights import clone_with_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +46,7 @@ class Average(Between):
             name: torch.stack([part[name].double() for part in parts]).mean(0).to(weight.dtype)
             for name, weight in parts[0].items()
         }
-        return with_weights(ground.start, mean).eval()
+        return clone_with_weights(ground.start, mean).eval()
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         return ground.sources[0].arm.bytes_of_mean(ground, model, self.runs)
@@ -76,7 +76,7 @@ class Interpolated(Between):
         for name, weight in ground.source.weights(ground).items():
             start = ground.start.get_parameter(name).detach().double().cpu()
             weights[name] = (start + alpha * (weight.double() - start)).to(weight.dtype)
-        return with_weights(ground.start, weights).eval()
+        return clone_with_weights(ground.start, weights).eval()
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         """Return the bytes of alpha and of the run that it is made of."""

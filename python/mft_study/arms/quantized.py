@@ -30,7 +30,7 @@ class Quantized(Arm):
     over_codes = False
     makes_weights = True
 
-    def made(self, ground: Ground) -> Weights | None:
+    def made_weights(self, ground: Ground) -> Weights | None:
         from mft.masks.quantize import rounded_weights
 
         return rounded_weights(ground.start, str(self.quantization))
@@ -53,9 +53,9 @@ class InCodes(Arm):
     def may_be_of(self, source: type[Arm]) -> bool:
         return issubclass(source, Adapters | Mask)
 
-    def made(self, ground: Ground) -> Weights:
+    def made_weights(self, ground: Ground) -> Weights:
         source = ground.source
-        return source.arm.in_codes(ground.start, source.weights(ground), str(ground.codes))
+        return source.arm.round_to_codes(ground.start, source.weights(ground), str(ground.codes))
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         """Return its source's: the codes can be made again from it and the start."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Weights = dict[str, "Tensor"]
 
 
-def with_weights(model: nn.Module, weights: Weights) -> nn.Module:
+def clone_with_weights(model: nn.Module, weights: Weights) -> nn.Module:
     """Return a clone of model that owns these parameters; it shares the others."""
     import torch
 

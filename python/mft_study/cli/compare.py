@@ -150,7 +150,7 @@ def _take_fine_tunes(parent: Path, study: StudyConfig, directory: Path) -> None:
         say(f"fine-tunes: {directory} has begun and continues with its own; nothing is copied from {parent}")
         return
     found = fine_tunes_in(parent, study)
-    rule = f"hold fine-tunes of the same model, data and settings as arms.{study.named(Full)} here"
+    rule = f"hold fine-tunes of the same model, data and settings as arms.{study.first_of_kind(Full)} here"
     check_rule(found > 0, "--fine-tunes-of", rule, f"{parent} with none")
     if copy_fine_tunes(parent, study, directory):
         say(f"fine-tunes: {found} runs of {parent}")

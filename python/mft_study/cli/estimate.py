@@ -54,7 +54,7 @@ def run_estimate_rewards(
     console.print(table(found, fits, there))
     if RESERVE[device]:
         say(f"{gigabytes(RESERVE[device])} of the GPU are set aside for its context and the allocator's fragments")
-    if study.arms[str(study.named(Full))].lrs:
+    if study.arms[str(study.first_of_kind(Full))].lrs:
         say("training by rewards only: mft estimate --model counts the full fine-tune before it")
     return all(fits.values())
 
@@ -72,7 +72,7 @@ def shape_of(study: StudyConfig, model: str | None) -> ModelShape:
 def arms_memory(study: StudyConfig, shape: ModelShape) -> dict[str, dict[str, Sizes]]:
     """Return rewards_memory for each trained arm. The base is held too, if the arms start from a fine-tune of it."""
     copy = shape.parameters * shape.dtype_bytes
-    base = copy if study.arms[str(study.named(Full))].lrs else 0
+    base = copy if study.arms[str(study.first_of_kind(Full))].lrs else 0
     found = {}
     for name, arm in study.arms.items():
         if arm.learns:

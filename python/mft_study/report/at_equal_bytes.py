@@ -15,7 +15,7 @@ from mft.files.json_file import finite
 from mft_study.config import StudyConfig
 from mft_study.outcome import Findings
 from mft_study.report.judge import side
-from mft_study.report.statistics import Difference, Paired, differences, paired, with_holm
+from mft_study.report.statistics import Difference, Paired, adjust_holm, differences, paired
 from mft_study.report.table import DomainTable, Row
 from mft_study.report.verdict import shown_interval, shown_p
 
@@ -52,7 +52,7 @@ class _Rival(NamedTuple):
     pair: Paired  # the same on test
 
 
-def at_equal_bytes(findings: Findings, tables: Mapping[str, DomainTable]) -> list[AtEqualBytes]:
+def compare_at_equal_bytes(findings: Findings, tables: Mapping[str, DomainTable]) -> list[AtEqualBytes]:
     """Return two comparisons per domain and trained mask, or one if both rivals are the same arm; [] without rivals."""
     found: list[AtEqualBytes] = []
     pairs: list[Paired] = []
@@ -74,7 +74,7 @@ def at_equal_bytes(findings: Findings, tables: Mapping[str, DomainTable]) -> lis
                     pairs.append(pair)
                 met.append(one.rival)
                 found.append(one)
-    family = iter(with_holm(differences(pairs)))
+    family = iter(adjust_holm(differences(pairs)))
     found = [one if one.rival is None else dataclasses.replace(one, difference=next(family)) for one in found]
     return found if pairs else []
 

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from mft_study.arms.means import Average
 from mft_study.config import StudyConfig
 from mft_study.outcome import Findings
-from mft_study.report.general import Runs, on_test, on_validation, validation_difference
+from mft_study.report.general import Runs, tested_runs, validation_difference, validation_runs
 from mft_study.report.judge import few_rates, is_level, is_not, shortage, side
 from mft_study.report.statistics import (
     DRAWS,
     Difference,
     Paired,
+    adjust_holm,
     deciding_metric,
     differences,
     paired,
-    with_holm,
 )
 
 DOMINATES, DOMINATED, TRADE_OFF, LEVEL_WITH = "dominates", "dominated", "trade-off", "level"
@@ -82,30 +82,30 @@ def comparisons(findings: Findings) -> dict[str, list[Comparison]]:
     metric, general_of = deciding_metric(findings.study), findings.study.general_of
     for domain, arm, rival in _matches(findings):
         own = paired(findings.test[domain][arm], findings.test[domain].get(rival, {}), metric)
-        texts = {text: _on_text(on_test, findings, domain, arm, rival, text) for text in general_of(domain)}
+        texts = {text: _pair_on_text(tested_runs, findings, domain, arm, rival, text) for text in general_of(domain)}
         others: dict[_Claim, Paired] = {
             (domain, arm, rival, text): pair for text, pair in texts.items() if pair is not None
         }
         if own is not None and others:
             pairs[domain, arm, rival, None] = own
             pairs.update(others)
-    family = with_holm(differences(list(pairs.values()), draws=draws_of(len(pairs))))
+    family = adjust_holm(differences(list(pairs.values()), draws=draws_of(len(pairs))))
     found = {}
     for claim, difference in zip(pairs, family, strict=True):
-        validation = _on_validation(findings, *claim)
+        validation = _validation_estimate(findings, *claim)
         found[claim] = OnLoss(difference, validation, side(difference, validation)[0])
     compared: dict[str, list[Comparison]] = {domain: [] for domain in findings.test}
     for (domain, arm, rival, text), general in found.items():
         if text is not None:
             own_loss = found[domain, arm, rival, None]
             rates = {name: findings.rates(domain, name) for name in (arm, rival)}
-            compared[domain].append(judged(rates, text, own_loss, general))
+            compared[domain].append(make_comparison(rates, text, own_loss, general))
     for domain, listed in compared.items():
         listed.sort(key=lambda one: general_of(domain).index(one.text))  # stable
     return compared
 
 
-def judged(rates: Mapping[str, int | None], text: str, domain: OnLoss, general: OnLoss) -> Comparison:
+def make_comparison(rates: Mapping[str, int | None], text: str, domain: OnLoss, general: OnLoss) -> Comparison:
     """Return the comparison of an arm with a rival. rates: how many rates each tried, arm first; None: it has none."""
     arm, rival = rates
     lacks = few_rates(rates) or shortage(domain.difference) or shortage(general.difference)
@@ -146,15 +146,15 @@ def _matches(findings: Findings) -> Iterator[tuple[str, str, str]]:
                 yield from ((domain, arm, rival) for rival in rivals_of(study, arm))
 
 
-def _on_text(
+def _pair_on_text(
     split: Callable[..., Runs], findings: Findings, domain: str, arm: str, rival: str, text: str
 ) -> Paired | None:
-    """Pair an arm with a rival on a text. split: on_test or on_validation."""
+    """Pair an arm with a rival on a text. split: tested_runs or validation_runs."""
     return paired(split(findings, domain, arm, text), split(findings, domain, rival, text))
 
 
-def _on_validation(findings: Findings, domain: str, arm: str, rival: str, text: str | None) -> float | None:
+def _validation_estimate(findings: Findings, domain: str, arm: str, rival: str, text: str | None) -> float | None:
     if text is None:
         return validation_difference(findings, domain, arm, rival)
-    pair = _on_text(on_validation, findings, domain, arm, rival, text)
+    pair = _pair_on_text(validation_runs, findings, domain, arm, rival, text)
     return None if pair is None else pair.estimate

@@ -12,7 +12,7 @@ from mft_study.arms.arm import Arm
 from mft_study.arms.kinds import name_of
 from mft_study.arms.masks import Mask
 from mft_study.arms.setting import Setting
-from mft_study.arms.weights import load_weights, with_weights
+from mft_study.arms.weights import clone_with_weights, load_weights
 from mft_study.bases import Bases
 from mft_study.load import load_study
 from mft_study.outcome import Unit
@@ -43,7 +43,7 @@ class Finished:
         self._chosen = chosen_settings(self.study, self.outcomes)
 
     def arm(self, kind: type[Arm]) -> str:
-        name = self.study.named(kind)
+        name = self.study.first_of_kind(kind)
         if name is None:
             known = ", ".join(self.study.arms)
             raise ValueError(f"the study must hold an arm of kind {name_of(kind)}, got {known}")
@@ -67,7 +67,9 @@ class Finished:
     def model(self, domain: str, arm: str, seed: int):
         job = self.job(domain, arm, seed)
         self.workspace.begin(domain, job.starts or (job.trained,), seed)
-        return with_weights(self.workspace.model, load_weights(job.trained)) if job.starts else self.workspace.model
+        return (
+            clone_with_weights(self.workspace.model, load_weights(job.trained)) if job.starts else self.workspace.model
+        )
 
     def dropped(self, domain: str, arm: str, seed: int) -> dict[str, Tensor]:
         job = self.job(domain, arm, seed)
@@ -93,7 +95,7 @@ class Finished:
         return self._chosen[domain][arm]
 
     def _file(self, unit: Unit) -> Path:
-        path = self._store.trained(unit, self._chosen)
+        path = self._store.trained_path(unit, self._chosen)
         if not path.is_file():
             raise ValueError(f"the study must be finished, {unit} is not: run mft compare to its end; no file {path}")
         return path

@@ -31,15 +31,18 @@ def general_tables(findings: Findings) -> dict[str, dict[str, dict[str, OnText]]
         for arm in arms:
             tables[domain][arm] = {}
             for text in study.general_of(domain):
-                runs = on_test(findings, domain, arm, text)
+                runs = tested_runs(findings, domain, arm, text)
                 if not runs:
                     continue
                 found = OnText(
                     mean(run.evaluation.loss for run in runs.values()), mean(run.mean_kl for run in runs.values())
                 )
                 tables[domain][arm][text] = found
-                for name, reference in (("minus_full", study.named(Full)), ("minus_start", start_of(study, arm))):
-                    others = on_test(findings, domain, reference, text)
+                for name, reference in (
+                    ("minus_full", study.first_of_kind(Full)),
+                    ("minus_start", start_of(study, arm)),
+                ):
+                    others = tested_runs(findings, domain, reference, text)
                     if reference != arm and (pair := paired(runs, others)) is not None:
                         places.append((found, name))
                         pairs.append(pair)
@@ -50,10 +53,10 @@ def general_tables(findings: Findings) -> dict[str, dict[str, dict[str, OnText]]
 
 def start_of(study: StudyConfig, arm: str) -> str | None:
     """Return the arm at whose model an arm started; None for the base model, and if no arm has that model."""
-    return study.start_of(arm) or (None if study.is_base(arm) else study.named(Base))
+    return study.start_of(arm) or (None if study.is_base(arm) else study.first_of_kind(Base))
 
 
-def on_test(findings: Findings, domain: str, arm: str | None, text: str) -> Runs:
+def tested_runs(findings: Findings, domain: str, arm: str | None, text: str) -> Runs:
     """Return an arm's models on a text, by seed. A base model that is one for all seeds counts for each."""
     found = findings.general.get(domain, {}).get(arm, {}) if arm is not None else {}
     runs = {seed: texts[text] for seed, texts in found.items() if text in texts}
@@ -62,7 +65,7 @@ def on_test(findings: Findings, domain: str, arm: str | None, text: str) -> Runs
     return runs
 
 
-def on_validation(findings: Findings, domain: str, arm: str, text: str) -> Runs:
+def validation_runs(findings: Findings, domain: str, arm: str, text: str) -> Runs:
     """Return the same for an arm's chosen runs on the text's validation split."""
     setting = findings.chosen.get(domain, {}).get(arm)
     if setting is None:

@@ -9,7 +9,7 @@ from mft_study.arms.adapters import Adapters
 from mft_study.outcome import Findings
 from mft_study.report.general import validation_difference
 from mft_study.report.judge import side
-from mft_study.report.statistics import Difference, Paired, differences, paired, with_holm
+from mft_study.report.statistics import Difference, Paired, adjust_holm, differences, paired
 from mft_study.report.table import DomainTable, Row, exact_start
 from mft_study.report.verdict import shown_interval, shown_p
 
@@ -24,7 +24,7 @@ def verdicts_over_codes(findings: Findings, tables: Mapping[str, DomainTable]) -
     rivals = {place: _rivals(findings, tables[place[0]], place) for place in ((d, r) for d in tables for r in rounded)}
     cost = _differences(findings, costs)
     held = _differences(findings, [pair for pairs in rivals.values() for pair in pairs])
-    held = dict(zip(held, with_holm(list(held.values()))))
+    held = dict(zip(held, adjust_holm(list(held.values()))))
     lines = []
     for place in costs:
         (domain, name, exact), table = place, tables[place[0]]

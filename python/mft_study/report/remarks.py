@@ -125,7 +125,7 @@ def _method(findings: Findings, tables: Mapping[str, DomainTable]) -> Iterable[s
         f"by seed and document; {100 * CONFIDENCE:.0f} % intervals from {DRAWS} draws of seeds and documents at once, "
         "widened for how few there are; accuracy is that of the next token."
     )
-    if study.named(Control) is not None:
+    if study.first_of_kind(Control) is not None:
         claims = [
             row for table in tables.values() for row in table.rows if row.masked and row.decides in row.minus_control
         ]

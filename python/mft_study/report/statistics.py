@@ -101,7 +101,7 @@ def differences(pairs: Sequence[Paired], *, draws: int = DRAWS) -> list[Differen
     groups: dict[tuple[int, ...], list[int]] = {}
     for place, pair in enumerate(pairs):
         groups.setdefault(pair.sums.shape, []).append(place)
-    for (seeds, documents), places in _in_parts(groups, max(1, _DRAWN_BYTES // (8 * draws))):
+    for (seeds, documents), places in _split_groups(groups, max(1, _DRAWN_BYTES // (8 * draws))):
         sums, counts = (np.stack([getattr(pairs[place], name) for place in places]) for name in ("sums", "counts"))
         estimates = (sums.sum(-1) / counts.sum(-1)[:, None]).mean(-1)
         if documents < 2:
@@ -187,14 +187,16 @@ def smallest_p(seeds: int) -> float:
     return 0.01 if seeds < _MANY_SEEDS else 0.001
 
 
-def with_holm(family: Sequence[Difference]) -> list[Difference]:
+def adjust_holm(family: Sequence[Difference]) -> list[Difference]:
     """Return the differences with p adjusted for their number. One whose p is NaN is not a test: it stays as it is."""
     tested = [place for place, difference in enumerate(family) if not math.isnan(difference.p)]
     adjusted = dict(zip(tested, holm([family[place].p for place in tested])))
     return [dataclasses.replace(difference, p_holm=adjusted.get(place)) for place, difference in enumerate(family)]
 
 
-def _in_parts(groups: Mapping[tuple[int, ...], list[int]], most: int) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+def _split_groups(
+    groups: Mapping[tuple[int, ...], list[int]], most: int
+) -> Iterator[tuple[tuple[int, ...], list[int]]]:
     """Yield the groups in parts of at most ``most`` members."""
     for shape, places in groups.items():
         for start in range(0, len(places), most):

@@ -6,7 +6,7 @@ from typing import Any
 from mft_study.evidence.sums import Run, Sums
 from mft_study.outcome import Findings
 from mft_study.report.equal_budgets import EqualBudget, outcome_within
-from mft_study.report.general import on_test, on_validation
+from mft_study.report.general import tested_runs, validation_runs
 from mft_study.report.statistics import DRAWS, Difference, differences, paired
 from mft_study.report.table import DomainTable
 
@@ -26,8 +26,8 @@ def sums_of(findings: Findings, tables: Mapping[str, DomainTable]) -> Sums:
             add(domain, "test", domain, row.arm, findings.test[domain][row.arm])
             add(domain, "validation", domain, row.arm, findings.validation.get(domain, {}).get(row.arm, {}))
             for text in table.general:
-                add(domain, "test", text, row.arm, on_test(findings, domain, row.arm, text))
-                add(domain, "validation", text, row.arm, on_validation(findings, domain, row.arm, text))
+                add(domain, "test", text, row.arm, tested_runs(findings, domain, row.arm, text))
+                add(domain, "validation", text, row.arm, validation_runs(findings, domain, row.arm, text))
             if row.bytes is not None:
                 sums.add_bytes(domain, row.arm, row.bytes)
         for name, runs in _compared_at_budgets(findings, domain, table.equal_budgets).items():

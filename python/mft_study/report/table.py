@@ -18,11 +18,11 @@ from mft_study.report.statistics import (
     METRICS,
     Difference,
     Paired,
+    adjust_holm,
     deciding_metric,
     differences,
     mean,
     paired,
-    with_holm,
 )
 
 Runs = Mapping[int, Measured]
@@ -107,7 +107,7 @@ def study_tables(findings: Findings) -> dict[str, DomainTable]:
     found, decides = dict(zip(keys, differences(pairs))), deciding_metric(findings.study)
     for family in (True, False):
         claims = [key for key in keys if key[2:] == (CONTROL, decides) and _row(tables, key).masked == family]
-        found.update(zip(claims, with_holm([found[key] for key in claims])))
+        found.update(zip(claims, adjust_holm([found[key] for key in claims])))
     for place, difference in found.items():
         row, (*_, reference, metric) = _row(tables, place), place
         if reference == FULL:
@@ -166,7 +166,7 @@ def recovered_share(study: StudyConfig, losses: Mapping[str, float], arm: str) -
 
 def exact_start(study: StudyConfig, rounded: str) -> str:
     """Return the arm whose end a quantized arm rounded."""
-    return study.start_of(rounded) or str(study.named(Base))
+    return study.start_of(rounded) or str(study.first_of_kind(Base))
 
 
 def study_numbers(findings: Findings, tables: Mapping[str, DomainTable] | None = None) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def study_numbers(findings: Findings, tables: Mapping[str, DomainTable] | None =
 
 def _table(findings: Findings, domain: str) -> DomainTable:
     study, test = findings.study, findings.test[domain]
-    full, control = str(study.named(Full)), study.named(Control)
+    full, control = str(study.first_of_kind(Full)), study.first_of_kind(Control)
     rows = [_means(findings, domain, arm) for arm in study.arms if test.get(arm)]
     losses = {row.arm: row.loss for row in rows}
     for row in rows:

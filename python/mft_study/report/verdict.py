@@ -154,7 +154,7 @@ def _dominance(domain: str, text: str, table: DomainTable) -> Iterable[str]:
         yield _sides(row, listed) if listed else f"{row.arm} is not compared: there is no rival with the same seeds."
         for one in listed:
             if one.rival == row.against:
-                losses = f"{_on_loss(domain, one.domain)}; {_on_loss(text, one.general)}"
+                losses = f"{_loss_words(domain, one.domain)}; {_loss_words(text, one.general)}"
                 yield f"{row.arm} - {one.rival}: {losses}."
         if ends := _ends(row, *(rival for one in listed if (rival := table.row(one.rival)) is not None)):
             yield f"Unsettled, at an end of its grid: {ends}."
@@ -185,7 +185,7 @@ def _lacks(listed: list[Comparison]) -> str:
     return "; ".join(dict.fromkeys(lacks)) if all(lacks) else ""
 
 
-def _on_loss(name: str, found: OnLoss) -> str:
+def _loss_words(name: str, found: OnLoss) -> str:
     validation = "none" if found.validation is None else f"{found.validation:+.4f}"
     p = shown_p(found.difference)
     return f"{name} {shown_interval(found.difference)}, Holm-adjusted p {p}, on validation {validation}"

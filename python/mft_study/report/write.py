@@ -20,7 +20,13 @@ from mft_study.config import REWARDS
 from mft_study.evidence.sums import FILE as SUMS
 from mft_study.evidence.sums import write_sums
 from mft_study.outcome import Findings
-from mft_study.report.at_equal_bytes import AtEqualBytes, at_equal_bytes, byte_verdicts, bytes_values, remark_on_bytes
+from mft_study.report.at_equal_bytes import (
+    AtEqualBytes,
+    byte_verdicts,
+    bytes_values,
+    compare_at_equal_bytes,
+    remark_on_bytes,
+)
 from mft_study.report.equal_budgets import budget_sentences
 from mft_study.report.general import OnText
 from mft_study.report.over_codes import verdicts_over_codes
@@ -103,7 +109,7 @@ def console_report(findings: Findings) -> list[RenderableType]:
     parts: list[RenderableType] = [_fitted(Text(result, style="bold")) for result in results_of(tables)]
     for domain, table in tables.items():
         parts.append(_fitted(Text(f"{domain}: {_counts(table)}", style="bold")))
-        groups = _with_entries(table, [(*_LOSS, _SIZE), _EXACT, *map(_on, table.general)])
+        groups = _drop_empty(table, [(*_LOSS, _SIZE), _EXACT, *map(_text_columns, table.general)])
         parts += [_console_table(table, columns) for columns in groups]
         if alone := [row.arm for row in table.rows if _why_uncompared(row, table) == _NO_CONTROL]:
             parts.append(_fitted(Text(f"{_NO_CONTROL}: {', '.join(alone)}; no control has the same layers and start.")))
@@ -118,7 +124,7 @@ def console_report(findings: Findings) -> list[RenderableType]:
 
 def _words_of(findings: Findings, tables: Mapping[str, DomainTable]) -> tuple[list[str], list[str], list[AtEqualBytes]]:
     """Return (verdicts, remarks, comparisons at equal bytes)."""
-    by_bytes = at_equal_bytes(findings, tables)
+    by_bytes = compare_at_equal_bytes(findings, tables)
     said = [*study_verdicts(findings, tables), *verdicts_over_codes(findings, tables), *byte_verdicts(by_bytes)]
     return said, [*remarks(findings, tables), *remark_on_bytes(by_bytes)], by_bytes
 
@@ -168,7 +174,7 @@ _GROUPS = (
 )
 
 
-def _on(text: str) -> tuple[_Column, ...]:
+def _text_columns(text: str) -> tuple[_Column, ...]:
     """Return the columns for a text that no arm was trained on."""
 
     def of(row: Row, shown: Callable[[OnText], str]) -> str:
@@ -182,14 +188,14 @@ def _on(text: str) -> tuple[_Column, ...]:
     )
 
 
-def _with_entries(table: DomainTable, groups: Iterable[tuple[_Column, ...]]) -> list[list[_Column]]:
+def _drop_empty(table: DomainTable, groups: Iterable[tuple[_Column, ...]]) -> list[list[_Column]]:
     shown = [[c for c in group if any(c.cell(row) != "-" for row in table.rows)] for group in groups]
     return [group for group in shown if group]
 
 
 def _markdown(table: DomainTable) -> list[str]:
-    groups = (*_GROUPS[:-1], *map(_on, table.general), _GROUPS[-1])
-    columns = [column for group in _with_entries(table, groups) for column in group]
+    groups = (*_GROUPS[:-1], *map(_text_columns, table.general), _GROUPS[-1])
+    columns = [column for group in _drop_empty(table, groups) for column in group]
     columns.sort(key=lambda column: column is not _CHOSEN)  # the chosen setting comes first
     headings = [column.heading.format(full=table.full) for column in columns]
     lines = [f"| arm | {' | '.join(headings)} |", f"|---|{'---:|' * len(columns)}"]

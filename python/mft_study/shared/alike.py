@@ -23,7 +23,7 @@ _REMEDY = {
 def check_alike(workspace: Workspace, directory: Path, claims: Claims) -> None:
     """Record what this process has, if it is the first. Raises: ValueError if a later one has something else."""
     path = directory / ALIKE
-    claims.once("alike", path.is_file, lambda: write_whole(path, json.dumps(_values(workspace), indent=1) + "\n"))
+    claims.call_once("alike", path.is_file, lambda: write_whole(path, json.dumps(_values(workspace), indent=1) + "\n"))
     if claims.shares:
         check_same(read_noted(path), workspace, "--join")
 

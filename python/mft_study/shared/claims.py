@@ -33,7 +33,7 @@ class Alone:
         """Write a result, and move the weights that belong to it from own to trained."""
         write_whole(path, result)
 
-    def once(self, name: str, done: Callable[[], bool], make: Callable[[], None]) -> bool:
+    def call_once(self, name: str, done: Callable[[], bool], make: Callable[[], None]) -> bool:
         """Call make unless it is done. Returns: whether this process called it."""
         if done():
             return False
@@ -52,7 +52,7 @@ class Joined:
 
     def __init__(self, leases: Leases) -> None:
         self._leases = leases
-        self.once, self.wait = leases.once, leases.wait
+        self.call_once, self.wait = leases.call_once, leases.wait
         self.release, self.holds = leases.release, leases.holds
         self.look: float | None = leases.pace.look
 

@@ -132,7 +132,7 @@ class Leases:
         finally:
             self.release(name)
 
-    def once(self, name: str, done: Callable[[], bool], make: Callable[[], None]) -> bool:
+    def call_once(self, name: str, done: Callable[[], bool], make: Callable[[], None]) -> bool:
         """Call make in one of the processes unless it is done; the others wait. Returns: whether it was this one."""
         while not done():
             if self.take(name):

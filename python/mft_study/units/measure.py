@@ -13,7 +13,7 @@ from mft.training.loop import NonFiniteLoss
 from mft_study.config import REWARDS
 from mft_study.outcome import General, Measured, Unit
 from mft_study.units.job import arm_of
-from mft_study.workspace import ROWS, Workspace, with_layers_remembered
+from mft_study.workspace import ROWS, Workspace, remember_layers
 
 
 def evaluation_options(workspace: Workspace, unit: Unit, general: str | None = None) -> Callable[[str], dict[str, Any]]:
@@ -26,7 +26,7 @@ def evaluation_options(workspace: Workspace, unit: Unit, general: str | None = N
     return lambda split: {"batch_size": ROWS, "first": first, "memory": workspace.memory(split, first, general)}
 
 
-def on_validation(workspace: Workspace, unit: Unit, model: nn.Module) -> Measured:
+def measure_validation(workspace: Workspace, unit: Unit, model: nn.Module) -> Measured:
     """Evaluate model on the domain's validation split, with answers if validation chooses by them."""
     validation = workspace.splits(unit.domain).validation
     evaluation = evaluate(model, validation, **evaluation_options(workspace, unit)("validation"))
@@ -47,7 +47,7 @@ def answer(workspace: Workspace, model: nn.Module, dataset, measured: Measured) 
     measured.answers, measured.questions = exact_matches(model, workspace.tokenizer, dataset, **options)
 
 
-def on_general(
+def measure_general(
     workspace: Workspace, unit: Unit, model: nn.Module, split: str, start: nn.Module | None = None
 ) -> dict[str, General]:
     """Evaluate model on the general texts; if start is given, also its KL divergence from start, which takes long."""
@@ -58,7 +58,7 @@ def on_general(
         if start is None:
             found[name] = General(evaluate(model, dataset, **options))
             continue
-        remembering = with_layers_remembered(model, dataset, **options)
+        remembering = remember_layers(model, dataset, **options)
         kl = kl_divergence(model, start, dataset, **options, whole=remembering["memory"])[0]
         found[name] = General(evaluate(model, dataset, **remembering), kl)
     return found

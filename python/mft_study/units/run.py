@@ -8,9 +8,9 @@ from mft_study.arms.weights import save_weights
 from mft_study.outcome import Measured, Outcome, Tested
 from mft_study.peft_methods import MethodFailsError
 from mft_study.units.job import Job, arm_of, ground_of, model_of
-from mft_study.units.measure import answer, evaluation_options, on_general, on_validation
+from mft_study.units.measure import answer, evaluation_options, measure_general, measure_validation
 from mft_study.units.train import train_unit
-from mft_study.workspace import Workspace, with_layers_remembered
+from mft_study.workspace import Workspace, remember_layers
 
 
 def run_unit(workspace: Workspace, job: Job) -> Outcome:
@@ -21,7 +21,7 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
         if arm.lrs:
             return train_unit(workspace, job)
         ground = ground_of(workspace, job)
-        weights = arm.made(ground)
+        weights = arm.made_weights(ground)
         if weights is not None:
             save_weights(weights, job.trained)
         model = model_of(workspace, job)
@@ -32,7 +32,7 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
             _, tempered = evaluate_tempered(model, validation, temperature, **options)
             measured = Measured(tempered, tempered, temperature)
         else:
-            measured = on_validation(workspace, unit, model)
+            measured = measure_validation(workspace, unit, model)
     except (NonFiniteLoss, NonFiniteScores, MethodFailsError) as error:
         return Outcome(unit, None, diverged=str(error), fails=isinstance(error, MethodFailsError))
     return Outcome(
@@ -41,7 +41,7 @@ def run_unit(workspace: Workspace, job: Job) -> Outcome:
         [(1.0, measured.evaluation.loss)],
         bytes=arm.stored_bytes(ground, model),
         resident=arm.resident_bytes(ground, model),
-        general=on_general(workspace, unit, model, "validation"),
+        general=measure_general(workspace, unit, model, "validation"),
     )
 
 
@@ -55,7 +55,7 @@ def run_test(workspace: Workspace, job: Job) -> Tested:
     measured = {}
     for split in ("validation", "test"):
         dataset = getattr(splits, split)
-        remembering = with_layers_remembered(model, dataset, **options(split))
+        remembering = remember_layers(model, dataset, **options(split))
         if split == "validation":
             temperature = fit_temperature(model, dataset, **remembering)
         plain, tempered = evaluate_tempered(model, dataset, temperature, **remembering)
@@ -63,4 +63,6 @@ def run_test(workspace: Workspace, job: Job) -> Tested:
         if unit.domain in workspace.study.answers:
             answer(workspace, model, dataset, measured[split])
     start = workspace.base if is_full else workspace.model
-    return Tested(unit, measured["validation"], measured["test"], on_general(workspace, unit, model, "test", start))
+    return Tested(
+        unit, measured["validation"], measured["test"], measure_general(workspace, unit, model, "test", start)
+    )

@@ -20,7 +20,7 @@ from mft_study.arms.weights import Weights, save_weights
 from mft_study.config import REWARDS
 from mft_study.outcome import Measured, Outcome
 from mft_study.units.job import Job, arm_of, ground_of
-from mft_study.units.measure import on_general, on_validation
+from mft_study.units.measure import measure_general, measure_validation
 from mft_study.workspace import Workspace
 
 _PART_SEEDS = 1_000_003  # distance between the data seeds of an average's parts: larger than any declared seed
@@ -40,7 +40,7 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
     checkpoints = _Checkpoints(
         train.steps_for(count_rows(dataset)) if config is None else config.steps,
         workspace.study.checkpoints if arm.follows else 1,
-        lambda: on_validation(workspace, unit, model),
+        lambda: measure_validation(workspace, unit, model),
         lambda: (arm.trained_weights(model, ground), flip_share(model, initial) if initial else None),
     )
     options: dict[str, Any] = {"on_step": checkpoints.on_step}
@@ -75,7 +75,7 @@ def train_unit(workspace: Workspace, job: Job) -> Outcome:
         resident=arm.resident_bytes(ground, best),
         # a start over codes counts as codes
         memory=weights_bytes(workspace.base, ground.codes) + arm.training_bytes(ground, workspace.study.stage),
-        general=on_general(workspace, unit, best, "validation"),
+        general=measure_general(workspace, unit, best, "validation"),
     )
 
 

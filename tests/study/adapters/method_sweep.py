@@ -16,7 +16,7 @@ from mft.config import MaskConfig, TrainConfig
 from mft_study.arms.adapters import Peft
 from mft_study.arms.arm import Ground
 from mft_study.arms.kinds import make_arm
-from mft_study.arms.weights import with_weights
+from mft_study.arms.weights import clone_with_weights
 from mft_study.peft_methods import MethodFailsError, methods
 
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "peft-methods.md"
@@ -87,7 +87,7 @@ def _tried(arm: Peft, dtype: torch.dtype) -> tuple[int, str]:
         raise MethodFailsError(f"it writes to the weights of its start, {changed[0]}")
     numbers, ids = sum(weight.numel() for weight in weights.values()), torch.arange(12)[None]
     try:
-        merged = with_weights(start, arm.merged(ground, weights))
+        merged = clone_with_weights(start, arm.merged(ground, weights))
     except MethodFailsError as error:
         return numbers, str(error)
     with torch.no_grad():

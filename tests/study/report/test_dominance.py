@@ -15,7 +15,7 @@ from mft_study.report.dominance import OnLoss, comparisons, draws_of, is_mft, ri
 from mft_study.report.judge import side
 from mft_study.report.pictures.forgetting import curves, plot_forgetting
 from mft_study.report.remarks import remarks
-from mft_study.report.statistics import DRAWS, Difference, differences, paired, with_holm
+from mft_study.report.statistics import DRAWS, Difference, adjust_holm, differences, paired
 from mft_study.report.table import reference_of, study_numbers, study_tables
 from mft_study.report.verdict import HELPS, study_verdicts
 from mft_study.report.write import write_study_report
@@ -241,7 +241,7 @@ def test_holm_runs_over_all_pairs_both_losses_and_all_texts():
     own = {one.rival: one.domain.difference for one in listed}  # once for both texts
     family = [*own.values(), *(one.general.difference for one in listed)]
     assert len(family) == 12
-    assert sorted(d.p_holm for d in with_holm(family)) == sorted(d.p_holm for d in family)
+    assert sorted(d.p_holm for d in adjust_holm(family)) == sorted(d.p_holm for d in family)
     assert any(d.p_holm > d.p for d in family)
     assert "over these 12 differences" in " ".join(remarks(found, study_tables(found)))
 

@@ -6,7 +6,7 @@ import pytest
 from test_study_report import ARMS, LOSSES, findings
 
 from mft_study.arms.kinds import make_arm
-from mft_study.report.at_equal_bytes import ABOUT, NO_MORE, at_equal_bytes, byte_verdicts, remark_on_bytes
+from mft_study.report.at_equal_bytes import ABOUT, NO_MORE, byte_verdicts, compare_at_equal_bytes, remark_on_bytes
 from mft_study.report.pictures.by_bytes import Point, frontier
 from mft_study.report.table import study_tables
 from mft_study.report.write import write_study_report
@@ -42,7 +42,7 @@ def with_bytes(sizes=SIZES, **options):
 def by_bytes(arms=BY_BYTES, sizes=SIZES | RIVALS, losses=LOSS, **options):
     options = {"arms": arms, "test": losses, "validation": losses} | options
     study = with_bytes(sizes=sizes, **options)
-    return study, at_equal_bytes(study, study_tables(study))
+    return study, compare_at_equal_bytes(study, study_tables(study))
 
 
 def test_a_row_has_the_mean_bytes_of_the_chosen_runs():
@@ -123,7 +123,7 @@ def test_where_no_mask_has_a_rival_nothing_is_said():
     _, found = by_bytes(sizes={"MFT": 1, "LoRA 1": 8_000})
     assert found == byte_verdicts(found) == remark_on_bytes(found) == []
     study = findings()  # from an older version: no bytes at all
-    assert at_equal_bytes(study, study_tables(study)) == []
+    assert compare_at_equal_bytes(study, study_tables(study)) == []
 
 
 def test_the_report_holds_the_sentence_the_numbers_and_the_picture(tmp_path):

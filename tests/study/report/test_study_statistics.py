@@ -12,7 +12,7 @@ from scipy import stats
 from mft.evaluation.evaluate import Evaluation, paired_difference
 from mft_study.outcome import Measured
 from mft_study.report import statistics
-from mft_study.report.statistics import Paired, differences, holm, paired, resampled, with_holm
+from mft_study.report.statistics import Paired, adjust_holm, differences, holm, paired, resampled
 
 ROUNDING = 1e-6  # nats per token: sums of ten tokens are rounded to 1e-4
 
@@ -209,6 +209,6 @@ def test_holm_of_a_worked_example():
 
 def test_holm_skips_what_is_no_test():
     found = differences([Paired(np.ones((3, 1)), np.ones(1)), Paired(np.ones((3, 4)), np.ones(4))], draws=99)
-    adjusted = with_holm(found)
+    adjusted = adjust_holm(found)
     assert adjusted[0].p_holm is None
     assert adjusted[1].p_holm == found[1].p

@@ -177,5 +177,5 @@ def test_one_of_many_does_what_is_done_once(entered, tmp_path):
         time.sleep(0.2)
         done.write_text("")
 
-    at_once([functools.partial(one.once, "what", done.exists, make) for one in many])
+    at_once([functools.partial(one.call_once, "what", done.exists, make) for one in many])
     assert made == [1]

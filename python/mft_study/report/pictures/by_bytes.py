@@ -50,7 +50,7 @@ def plot_bytes(numbers: Mapping[str, Any], path: Path) -> None:
         table = numbers["domains"][domain]
         for axes, (start, found) in zip(line, panels.items()):
             labels.append((axes, _draw(axes, found, _level(table, start))))
-            axes.set_title(titles.at_equal_bytes(domain, found), loc="left", fontsize="medium")
+            axes.set_title(titles.equal_bytes_title(domain, found), loc="left", fontsize="medium")
             axes.set_xlabel(f"bytes to store, {'the full fine-tune' if start == table['full'] else start} not counted")
             axes.set_ylabel(f"test loss - loss of {table['full']}\nnats per token with 95 % interval (lower is better)")
         for axes in line[len(panels) :]:

@@ -124,7 +124,7 @@ def _limits(compared) -> tuple[float, float]:
 
 def _draw_rates(axes, table: Mapping[str, Any], first_seed: int) -> None:
     """Draw the best loss at each rate over the other choices, as a line, and each configuration faintly."""
-    colours, rows, trials = colours_of(table), _by_arm(table), _trials(table, first_seed)
+    colours, rows, trials = colours_of(table), _rows_by_arm(table), _trials(table, first_seed)
     best = [min((_loss(trial) for trial in tried), default=float("inf")) for tried in trials.values()]
     best = [loss for loss in best if loss < float("inf")]
     if not best:
@@ -148,19 +148,19 @@ def _draw_rates(axes, table: Mapping[str, Any], first_seed: int) -> None:
 
 
 def _rates_title(domain: str, table: Mapping[str, Any], first_seed: int) -> str:
-    trials, rows = _trials(table, first_seed), _by_arm(table)
+    trials, rows = _trials(table, first_seed), _rows_by_arm(table)
     tried = {arm: {trial["lr"] for trial in of} for arm, of in trials.items()}
     chosen = {arm: setting["lr"] for arm in tried if (setting := rows[arm]["setting"]) is not None}
     return titles.rates(domain, tried, chosen)
 
 
-def _by_arm(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _rows_by_arm(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {row["arm"]: row for row in table["rows"]}
 
 
 def _trials(table: Mapping[str, Any], first_seed: int) -> dict[str, list[Mapping[str, Any]]]:
     """Return each setting that the first seed tried, by arm. Averages have none: they are made of other arms' runs."""
-    rows, found = _by_arm(table), dict[str, list[Mapping[str, Any]]]()
+    rows, found = _rows_by_arm(table), dict[str, list[Mapping[str, Any]]]()
     for trial in table["trials"]:
         row = rows.get(trial["arm"])
         if row is None or trial["lr"] is None or trial["seed"] != first_seed:

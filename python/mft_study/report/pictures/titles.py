@@ -39,7 +39,7 @@ def rates(domain: str, tried: Mapping[str, set[float]], chosen: Mapping[str, flo
     return f"{domain}: {', '.join(at_end) if len(at_end) < 3 else f'{len(at_end)} arms'} best at an end of the grid"
 
 
-def at_equal_bytes(domain: str, found: Sequence[Any]) -> str:
+def equal_bytes_title(domain: str, found: Sequence[Any]) -> str:
     """Say how the best arm of no more bytes compares with the best mask. found: arms with kind, bytes and estimate."""
     masks = [point for point in found if KINDS[point.kind].is_mft]
     if not masks:
