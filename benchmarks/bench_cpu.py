@@ -16,7 +16,7 @@ from mft_kernels.timing import Samples, time_interleaved, time_within
 from . import layer_competitors as layers
 from .cpu_ceilings import DTYPES, CpuCeilings
 from .cpu_targets import EAGER_BOUND, NARROW, SQUARE, bound
-from .harness import Finding, Spread, chosen, compared, instruction_set, ratio, report
+from .harness import Finding, Spread, comparison_row, instruction_set, ratio, report, select_cases
 from .layer_competitors import DENSE, EAGER, FROM_SCORES, HELD, IN_PLACE, LayerCompetitors, inputs_of
 from .roofline import count_work
 from .side_by_side import SideBySide
@@ -87,7 +87,7 @@ class Measured:
             print(f"    {found.measured} x  {name}", flush=True)
             if name == EAGER:
                 continue
-            ours = self.backends.as_ours(name)
+            ours = self.backends.our_name(name)
             # Eager's forward pass makes the masked weight that its d_x reads, so d_x alone has no bound.
             rule, most = ("at most", EAGER_BOUND) if name == ours and case.op != "d_x" else (None, None)
             self.findings.append(ratio(samples, name, EAGER, rule, most, f": {case}"))
@@ -102,10 +102,10 @@ class Measured:
 
     def _row(self, case: Case, name: str, samples: Samples, ceilings: CpuCeilings) -> dict:
         work = count_work(
-            case.op, layers.FORMS[self.backends.as_ours(name)], case.m, case.n, case.k, DTYPES[case.dtype]
+            case.op, layers.FORMS[self.backends.our_name(name)], case.m, case.n, case.k, DTYPES[case.dtype]
         )
         share = ceilings.share(case.op, case.dtype, work, Spread.of(samples[name]).median)
-        return {**vars(case), **compared(samples, name, DENSE), "share": share, "target": _bound(case, name)}
+        return {**vars(case), **comparison_row(samples, name, DENSE), "share": share, "target": _bound(case, name)}
 
 
 def measure(measured: Measured, ceilings: CpuCeilings, cases: Iterable[Case], seconds: float) -> None:
@@ -129,7 +129,7 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
     torch.manual_seed(0)
     measured, many = Measured(), torch.get_num_threads()
     by_threads = {many: budget.many} | ({} if many == 1 or quick else {1: budget.one})
-    asked = chosen(
+    asked = select_cases(
         Case(op, dtype, n, k, m, threads)
         for threads, cases in by_threads.items()
         for dtype in DTYPES

@@ -43,7 +43,7 @@ class Budget:
 STORED = Budget()
 
 
-def banked(tasks: int) -> str:
+def bank_name(tasks: int) -> str:
     """Return the name of a bank with this number of tasks."""
     return f"ours, {tasks} task{'s' if tasks > 1 else ''} in a batch"
 
@@ -69,7 +69,7 @@ def ways(masks: Path, budget: Budget, dtype: torch.dtype) -> dict[str, Callable[
     found: dict[str, Callable[[], object]] = {
         name: lambda model=model: generate(model, prompt, budget.new) for name, model in models.items()
     }
-    return found | {banked(tasks): lambda tasks=tasks: by_bank(tasks) for tasks in TASKS}
+    return found | {bank_name(tasks): lambda tasks=tasks: by_bank(tasks) for tasks in TASKS}
 
 
 def main(quick: bool = False, budget: Budget = STORED) -> None:
@@ -82,7 +82,7 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
             samples = time_within(ways(masks, budget, DTYPES[dtype]), 0 if quick else budget.seconds, least=3)
             rates(dtype, samples, budget.rows * budget.new, findings, rows)
             findings += [ratio(samples, name, MERGED, suffix=f": {dtype}") for name in (DENSE, HELD)]
-            findings += [ratio(samples, banked(tasks), MERGED, "at most", 1.1, f": {dtype}") for tasks in TASKS]
+            findings += [ratio(samples, bank_name(tasks), MERGED, "at most", 1.1, f": {dtype}") for tasks in TASKS]
     tokens = f"{budget.rows} rows of {budget.prompt} + {budget.new} tokens"
     title = f"SmolLM2-135M's generate, masks by row, {tokens}, {torch.get_num_threads()} threads"
     report("decode", title, findings, competitors=rows)

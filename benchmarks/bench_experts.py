@@ -22,7 +22,7 @@ from mft_kernels import MaskedGroupedLinear
 from mft_kernels.timing import Samples, time_within
 
 from .cpu_ceilings import DTYPES
-from .harness import Finding, Spread, chosen, compared, ratio, report
+from .harness import Finding, Spread, comparison_row, ratio, report, select_cases
 from .layer_competitors import FROM_SCORES, HELD
 from .rivals import KEEP_RATIO
 from .tables import experts_case_name
@@ -146,7 +146,7 @@ class Competitors:
 def rows_of(case: Mapping[str, Any], samples: Samples) -> list[dict[str, Any]]:
     """Return one row per competitor: times, and ratios to grouped_mm."""
     return [
-        {**case, **compared(samples, name, GROUPED), "target": BOUND if name in (FROM_SCORES, HELD) else None}
+        {**case, **comparison_row(samples, name, GROUPED), "target": BOUND if name in (FROM_SCORES, HELD) else None}
         for name in samples
     ]
 
@@ -162,7 +162,7 @@ def main(quick: bool = False, budget: Budget = STORED) -> None:
     """Print and store the answer of this process."""
     torch.manual_seed(0)
     findings, cases = [], []
-    asked = chosen(
+    asked = select_cases(
         Case(size, dtype, tokens, op)
         for size in budget.sizes
         for dtype in DTYPES

@@ -15,7 +15,7 @@ from mft_kernels.timing import Samples, time_within
 from . import cpu_targets
 from . import layer_competitors as layers
 from . import matrix_competitors as matrices
-from .harness import Finding, Spread, chosen, compared, instruction_set, ratio, report
+from .harness import Finding, Spread, comparison_row, instruction_set, ratio, report, select_cases
 from .layer_competitors import LayerCompetitors, inputs_of
 from .roofline import Ceilings, count_work
 from .side_by_side import SideBySide
@@ -77,7 +77,7 @@ class Measured:
                 print(f"{case}: {Spread.of(values)} ms {name}", flush=True)
             else:
                 print(f"    {ratio(samples, name, baseline).measured} x  {name}", flush=True)
-            ours = self.backends.as_ours(name)
+            ours = self.backends.our_name(name)
             self._timed.append((case, name, forms.get(ours, ""), {name: values, baseline: samples[baseline]}))
             if self.backends.runs(name):
                 rule = ("at most", bound) if (bound := _bound(case, name)) else (None, None)
@@ -93,7 +93,7 @@ class Measured:
 
     def _row(self, case: Case, name: str, form: str, samples: Samples) -> dict:
         baseline = next((other for other in samples if other != name), name)
-        row = vars(case) | compared(samples, name, baseline)
+        row = vars(case) | comparison_row(samples, name, baseline)
         if form:
             work = count_work(case.op, form, case.m, case.n, case.k)
             row |= {**vars(work), "share": self.ceilings.share(work, Spread.of(samples[name]).median)}
@@ -140,7 +140,7 @@ def main(quick: bool = False) -> None:
     budget = QUICK if quick else STORED
     torch.manual_seed(0)
     measured = Measured()
-    asked = chosen(case for shape in budget.shapes for case in cases_of(*shape, budget))
+    asked = select_cases(case for shape in budget.shapes for case in cases_of(*shape, budget))
     for (n, k, with_tokens), cases in groupby(asked, lambda case: (case.n, case.k, case.m > 0)):
         measured.ceilings.sample()
         (measure_layer if with_tokens else measure_matrix)(measured, n, k, cases, budget)

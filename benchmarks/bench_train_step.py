@@ -55,7 +55,7 @@ class Worker:
 
     def __init__(self, process: subprocess.Popen, name: str) -> None:
         self._process, self._name = process, name
-        self._heard()  # ready
+        self._receive()  # ready
 
     def ask(self, order: str) -> Any:
         """Send an order. Returns for step: seconds; peak: bytes.
@@ -65,9 +65,9 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.write(order + "\n")
         self._process.stdin.flush()
-        return self._heard()
+        return self._receive()
 
-    def _heard(self) -> Any:
+    def _receive(self) -> Any:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:

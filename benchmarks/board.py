@@ -54,7 +54,7 @@ def board(name: str, numbers: Mapping[str, Any]) -> str:
     for domain, table in numbers["domains"].items():
         for mask in _masks(table):
             title = f"### {name}, {domain}: about {mask['bytes']:,.0f} bytes"
-            parts += [title, markdown(_HEADER, [_cells(table, mask, row) for row in _of_budget(table, mask)])]
+            parts += [title, markdown(_HEADER, [_cells(table, mask, row) for row in _budget_rows(table, mask)])]
     return "\n\n".join(parts)
 
 
@@ -109,7 +109,9 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Label], li
     labels, covered, styles = [], [], _styles(map(family, stored))
     for name, style in styles.items():
         own = [row for row in stored if family(row) == name]
-        axes.plot([row["bytes"] for row in own], [row["loss"] for row in own], label=_in_bits(name, own), **style)
+        axes.plot(
+            [row["bytes"] for row in own], [row["loss"] for row in own], label=_name_with_bits(name, own), **style
+        )
         for row in own:
             ends = [row["loss"] + row["minus_full"][end] - row["minus_full"]["estimate"] for end in ("low", "high")]
             axes.plot([row["bytes"]] * 2, ends, color=style["color"], linewidth=1.2, alpha=0.6)
@@ -120,7 +122,7 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Label], li
                 (one["bytes"] * (other["bytes"] / one["bytes"]) ** s, one["loss"] + s * (other["loss"] - one["loss"]))
                 for s in shares
             ]
-        labels.append((own[-1]["bytes"], own[-1]["loss"], _in_bits(name, own), style["color"]))
+        labels.append((own[-1]["bytes"], own[-1]["loss"], _name_with_bits(name, own), style["color"]))
     axes.set(xscale="log", xlabel="bytes to store, the base not counted (bars: 95 % interval of loss - full fine-tune)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} MB" if value >= 1e6 else f"{value / 1e3:g} kB")
     axes.set_ylabel("test loss, nats per token (lower is better)")
@@ -138,7 +140,7 @@ def family(row: Mapping[str, Any]) -> str:
     return f"{name}{_FEW_BITS}" if row["kind"] == "coded" and " bits" in row["arm"] else name
 
 
-def _in_bits(name: str, arms: Iterable[Mapping[str, Any]]) -> str:
+def _name_with_bits(name: str, arms: Iterable[Mapping[str, Any]]) -> str:
     """Return a family's name with the bits of its arms: "LoRA in 4 bits" for "LoRA in few bits"."""
     bits = sorted({found[1] for arm in arms if (found := re.search(r" in (\d+) bits", arm["arm"]))})
     return name.replace("few", " or ".join(bits)) if bits else name
@@ -180,7 +182,7 @@ def _finding(numbers: Mapping[str, Any], domain: str) -> str:
         return f"masks are behind at {len(behind)} of {len(masks)} sizes"
     rows = {row["arm"]: row for row in numbers["domains"][domain]["rows"]}
     rivals = [rows[one["rival"]] for _, one in alike]
-    names = sorted({_in_bits(family(rival), [rival]) for rival in rivals})
+    names = sorted({_name_with_bits(family(rival), [rival]) for rival in rivals})
     told = f"masks of {_sizes(mask for mask, _ in alike)} are not shown to differ\nfrom {' and '.join(names)}"
     return f"{told} of about as many bytes{f'; at {_sizes(behind)} the mask is behind' if behind else ''}"
 
@@ -201,7 +203,7 @@ def _masks(table: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return found
 
 
-def _of_budget(table: Mapping[str, Any], mask: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _budget_rows(table: Mapping[str, Any], mask: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield the rows of the mask's budget, the best first."""
     for row in sorted(table["rows"], key=lambda row: row["loss"]):
         bound = row["kind"] in ("base", "full")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .harness import Spread, environment, instruction_set, print_aligned, threads_of
-from .records import RESULTS, ROOT, Record, by_question, question_of, read_all, read_records
+from .records import RESULTS, ROOT, Record, question_of, read_all, read_records, select_records
 
 WORSE = 1.05  # times the median of REF, at most
 REMEDY = "Measure REF here: python -m benchmarks --out FOLDER in a checkout of it; then compare with FOLDER."
@@ -159,7 +159,7 @@ def main() -> None:
         ref = read_ref(asked.ref)
     except ValueError as error:
         parser.error(str(error))
-    before = by_question(ref, instruction_set())
+    before = select_records(ref, instruction_set())
     questions = [question for question in asked.what or before if question in before and ratios(before[question])]
     if not questions:
         asked_for = ", ".join(asked.what) or "any question"

@@ -25,7 +25,7 @@ from mft_kernels.backends.processor import NEEDS
 
 from .bench_paths import BOUND, DTYPES, HOPELESS
 from .harness import one_line_an_entry
-from .records import RESULTS, ROOT, TIMINGS, by_machine, machine
+from .records import RESULTS, ROOT, TIMINGS, machine, read_machines
 
 FILE = ROOT / "csrc" / "cpu" / "choice_costs.inl"
 FAST = RESULTS / "fast-paths.json"
@@ -66,7 +66,7 @@ class Cells:
         work = np.maximum(costs[:, 0] * self.work[..., 0], (self.work * costs[:, 1:5]).sum(-1))
         return work + costs[:, 5]
 
-    def taken(self, costs: Array) -> Array:
+    def slowdowns(self, costs: Array) -> Array:
         """Return (cases,): time of the chosen path / the best time; among close predictions the slowest counts."""
         predicted = self.predicted(costs)
         return np.where(predicted <= CLOSE * predicted.min(1, keepdims=True), self.behind, 0).max(1)
@@ -101,7 +101,7 @@ def fitted(cells: Cells) -> Array:
             rest = reading * work[:, 0] < 0.97 * took
             if rest.sum() < 5:
                 continue
-            own = np.array([reading, *_not_negative((terms * weight[:, None])[rest], (took * weight)[rest])])
+            own = np.array([reading, *_fit_nonnegative((terms * weight[:, None])[rest], (took * weight)[rest])])
             predicted = np.maximum(own[0] * work[:, 0], work @ own[1:5]) + own[5]
             error = np.square((predicted - took) * weight).sum()
             if error < least:
@@ -109,7 +109,7 @@ def fitted(cells: Cells) -> Array:
     return costs
 
 
-def _not_negative(terms: Array, values: Array) -> Array:
+def _fit_nonnegative(terms: Array, values: Array) -> Array:
     """Return the least-squares solution without negative coefficients: they are removed, the worst first."""
     used, result = list(range(terms.shape[1])), np.zeros(terms.shape[1])
     while used:
@@ -121,37 +121,37 @@ def _not_negative(terms: Array, values: Array) -> Array:
     return result
 
 
-def moved(costs: Array, cells: Cells) -> Array:
+def nearby_costs(costs: Array, cells: Cells) -> Array:
     """Return nearby costs that lose less time, with a safety margin: the best end of several random walks."""
     ratios = cells.behind
     weight = TRUTH * ratios**-FOCUS
 
-    def lost(costs: Array) -> float:
+    def loss(costs: Array) -> float:
         predicted = cells.predicted(costs)
         chance = np.exp(-np.log(predicted / predicted.min(1, keepdims=True)) / DOUBT)
         expected = (ratios * chance).sum(1) / chance.sum(1)
-        late = np.maximum(0, cells.taken(costs) - BOUND)
+        late = np.maximum(0, cells.slowdowns(costs) - BOUND)
         errors = np.log(np.where(np.isfinite(cells.took), predicted / cells.took, 1.0))
         return float((expected - 1 + 4 * late + 20 * late**2).sum() + (weight * np.square(errors)).sum())
 
-    if cells.taken(costs).max() <= LEVEL:
+    if cells.slowdowns(costs).max() <= LEVEL:
         return costs
-    return min((_walk(costs, lost, seed) for seed in range(WALKS)), key=lost)
+    return min((_walk(costs, loss, seed) for seed in range(WALKS)), key=loss)
 
 
-def _walk(costs: Array, lost: Callable[[Array], float], seed: int) -> Array:
-    generator, least = np.random.default_rng(seed), lost(costs)
+def _walk(costs: Array, loss: Callable[[Array], float], seed: int) -> Array:
+    generator, least = np.random.default_rng(seed), loss(costs)
     for step in range(STEPS):
         other, size = costs.copy(), MOVE * (1 - step / STEPS)
         chosen = generator.random(costs.shape) < 2 / costs.size
         other[chosen] *= np.exp(generator.normal(0, size, chosen.sum()))
-        now = lost(other)
+        now = loss(other)
         if now < least:
             costs, least = other, now
     return costs
 
 
-def written(cost: float) -> str:
+def cost_text(cost: float) -> str:
     """Return the cost with four digits."""
     return f"{float(f'{cost:.4g}'):g}"
 
@@ -179,17 +179,17 @@ def lines_of(name: str, records: Mapping[str, Mapping], small: Mapping[str, Mapp
             continue
         cells = cells_of(name, rows)
         first = fitted(cells)
-        costs = moved(first, cells)
-        late = cells.taken(costs)
+        costs = nearby_costs(first, cells)
+        late, before = cells.slowdowns(costs), cells.slowdowns(first)
         print(
             f"{name}, {dtype}, {product}: {len(late)} cells, {(late > BOUND).sum()} beyond {BOUND}, "
             f"worst {late.max():.2f} "
-            f"({(cells.taken(first) > BOUND).sum()} and {cells.taken(first).max():.2f} before costs were moved)",
+            f"({(before > BOUND).sum()} and {before.max():.2f} before costs were moved)",
             file=sys.stderr,
         )
         for path, own in zip(cells.paths, costs):
             place = f'"{name}", Format::{FORMATS[dtype]}, Product::{PRODUCTS[product]}, Path::{PATHS[path]}'
-            yield f"{{{place}, {{{', '.join(map(written, own))}}}}},"
+            yield f"{{{place}, {{{', '.join(map(cost_text, own))}}}}},"
 
 
 def measured_on(records: Mapping[str, Mapping], old: Sequence[str]) -> Iterator[str]:
@@ -218,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fit_choice", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=TIMINGS, help="of records (runs/paths)")
     folder = parser.parse_args().folder
-    records, small = by_machine(folder, "paths"), by_machine(folder, "small_paths")
+    records, small = read_machines(folder, "paths"), read_machines(folder, "small_paths")
     if not records:
         parser.error(f'FOLDER must hold answers to paths, got none in {folder}: make bench WHAT="paths small_paths"')
     old = FILE.read_text().splitlines()

@@ -86,7 +86,7 @@ def ratio(
     return Finding(f"{above} / {below}{suffix}", Spread.of(values), "x", rule, bound)
 
 
-def compared(samples: Samples, name: str, baseline: str) -> dict[str, object]:
+def comparison_row(samples: Samples, name: str, baseline: str) -> dict[str, object]:
     """Return what a row of a record says of a competitor: ms, and the ratio to a baseline, round by round."""
     times = samples[name]
     to_baseline = Spread.of([a / b for a, b in zip(times, samples[baseline])])
@@ -122,7 +122,7 @@ def environment() -> dict[str, str | int | bool | dict[str, str]]:
             return None
         return run.stdout.strip() if run.returncode == 0 else None
 
-    backends, taken = SideBySide.here(), _taken()
+    backends, taken = SideBySide.here(), _serving_backend()
     changes = git("status", "--porcelain", "--", "csrc", "mft_kernels", "python", "benchmarks/*.py", "setup.py")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -148,11 +148,11 @@ def threads_of(question: str, asked: int = THREADS) -> int:
 
 def instruction_set() -> str:
     """Return what record names call this machine: the CPU library's instruction set, or another backend's name."""
-    taken = _taken()
+    taken = _serving_backend()
     return torch.ops.mft_cpu.capability() if taken == "cpu" else taken
 
 
-def _taken() -> str:
+def _serving_backend() -> str:
     """Return the backend that serves the CPU."""
     from mft_kernels import backend_report
 
@@ -172,7 +172,7 @@ def choose_cases(pattern: str) -> None:
     _pattern = pattern
 
 
-def chosen(cases: Iterable[Case]) -> list[Case]:
+def select_cases(cases: Iterable[Case]) -> list[Case]:
     """Return the cases that are asked for. A case's name is str(case). Exits if there is none."""
     known = list(cases)
     found = [case for case in known if fnmatchcase(str(case), _pattern)]

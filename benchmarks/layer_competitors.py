@@ -107,7 +107,7 @@ class LayerCompetitors:
 
     def _formulation(self, name: str) -> Formulation:
         if name not in self._made:
-            self._made[name] = self._make(self._backends.as_ours(name))
+            self._made[name] = self._make(self._backends.our_name(name))
         return self._made[name]
 
     def _make(self, name: str) -> Formulation:
@@ -132,15 +132,15 @@ class LayerCompetitors:
             dense = weight.clone()  # it learns; the others' weight does not
             if name == IN_PLACE:
                 MaskedInPlace(dense).change(self._packed)
-            return _learning(lambda x: F.linear(x, dense), dense)
+            return _learned_formulation(lambda x: F.linear(x, dense), dense)
         scores = self.scores.clone()
         if name == PAPER:
-            return _learning(lambda x: paper_linear(x, weight, scores), scores)
+            return _learned_formulation(lambda x: paper_linear(x, weight, scores), scores)
         function = {FROM_SCORES: mft_kernels.masked_linear, EAGER: eager_fast, COMPILED: compiled_eager}[name]
-        return _learning(lambda x: function(x, weight, scores, threshold), scores)
+        return _learned_formulation(lambda x: function(x, weight, scores, threshold), scores)
 
 
-def _learning(layer: Callable[[Tensor], Tensor], *learned: Tensor) -> Formulation:
+def _learned_formulation(layer: Callable[[Tensor], Tensor], *learned: Tensor) -> Formulation:
     return Formulation(layer, learned, layer)
 
 

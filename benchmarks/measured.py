@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from . import tables
-from .records import RESULTS, ROOT, by_machine
+from .records import RESULTS, ROOT, read_machines
 
 DOCUMENT = ROOT / "docs" / "reference" / "measured.md"
 
@@ -27,13 +27,13 @@ BLOCKS: dict[str, tuple[str, tables.Table]] = {
 }
 
 
-def written(document: str, results: Path = RESULTS) -> str:
+def rewrite_tables(document: str, results: Path = RESULTS) -> str:
     """Return the document with every block written again. Raises ValueError if it lacks one."""
     for name, (question, table) in BLOCKS.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if len(pattern.findall(document)) != 1:
             raise ValueError(f"{DOCUMENT.name} must hold <!-- {name} --> and <!-- /{name} --> once")
-        records = by_machine(results, question)
+        records = read_machines(results, question)
         text = f"No machine has answered this yet: `make bench WHAT={question}`, then `python -m benchmarks.measured`."
         if records:
             text = f"{table(records)}\n\n{tables.origins(question, records)}"
@@ -44,7 +44,7 @@ def written(document: str, results: Path = RESULTS) -> str:
 def main() -> None:
     """Rewrite the document."""
     argparse.ArgumentParser(prog="python -m benchmarks.measured", description=__doc__).parse_args()
-    DOCUMENT.write_text(written(DOCUMENT.read_text()))
+    DOCUMENT.write_text(rewrite_tables(DOCUMENT.read_text()))
     print(f"written to {DOCUMENT.relative_to(ROOT)}")
 
 

@@ -38,7 +38,7 @@ def instruction_set_of(record: Record) -> str:
     return where.get("instruction_set") or where.get("backend", "").removeprefix("C++, ")
 
 
-def by_question(records: Iterable[tuple[str, Record]], instruction_set: str) -> dict[str, Record]:
+def select_records(records: Iterable[tuple[str, Record]], instruction_set: str) -> dict[str, Record]:
     """Select from (file name, record) pairs those of one instruction set and those that need none, by question."""
     found = {}
     for name, record in records:
@@ -58,11 +58,11 @@ def read_all(folder: Path) -> list[tuple[str, Record]]:
 
 
 def read_records(folder: Path, instruction_set: str) -> dict[str, Record]:
-    """Return by_question of a folder."""
-    return by_question(read_all(folder), instruction_set)
+    """Return select_records of a folder."""
+    return select_records(read_all(folder), instruction_set)
 
 
-def by_machine(folder: Path, question: str) -> dict[str, Record]:
+def read_machines(folder: Path, question: str) -> dict[str, Record]:
     """Return the answers to one question by instruction set, best first, including those of ON_ANY."""
     found = {instruction_set_of(record): record for name, record in read_all(folder) if question_of(name) == question}
     return {name: found[name] for name in sorted(found, key=_rank)}

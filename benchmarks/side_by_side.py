@@ -50,13 +50,13 @@ class SideBySide:
 
     def calls(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
         """Return the calls under the names of competitors(); each must run in around() of its name."""
-        return {name: calls[self.as_ours(name)] for name in self.competitors(calls)}
+        return {name: calls[self.our_name(name)] for name in self.competitors(calls)}
 
     def runs(self, competitor: str) -> bool:
         """Whether a competitor runs on one of the backends; if not, it is torch's or another library's."""
         return backend_of(competitor) in self.asked
 
-    def as_ours(self, competitor: str) -> str:
+    def our_name(self, competitor: str) -> str:
         """Return our competitor that does the same: "ours, module" for "mine, module"; others stay as they are."""
         backend = backend_of(competitor)
         return OURS + competitor.removeprefix(backend) if backend in self.asked else competitor

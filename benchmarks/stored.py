@@ -43,7 +43,7 @@ class Stored:
         return f"{len(self.changed)} files changed" if self.changed else "as it was"
 
 
-def made_by(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+def find_maker(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     """Return (the command that makes a file of results, the code that decides its content)."""
     if name.startswith(("compare-", "ablation-", "federated")):
         return record["environment"]["command"], RECIPE
@@ -71,7 +71,7 @@ def read_stored() -> list[Stored]:
         if "environment" not in record:  # made from results, such as gpu-faster.json
             continue
         commit = str(record["environment"].get("commit") or "")
-        command, code = made_by(path.name, record)
+        command, code = find_maker(path.name, record)
         found.append(Stored(path.name, commit, command, _changed_since(commit, code)))
     return found
 

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from .records import RESULTS, Record, by_machine, machine
+from .records import RESULTS, Record, machine, read_machines
 
 SQUARE = (4096, 4096)
 STEPS = {
@@ -91,7 +91,7 @@ def cpu_table(records: Records) -> str:
     for record in records.values():
         for case in record["cases"]:
             if case["competitor"] != "dense":
-                shown = _beside_target(_ratio, case["ratio"]["median"], case["target"], ".2f")
+                shown = _target_cell(_ratio, case["ratio"]["median"], case["target"], ".2f")
                 columns.setdefault(f"{machine(record)}: {case['competitor']}", {})[case_name(case)] = shown
     return side_by_side("times dense (asked)", columns)
 
@@ -125,13 +125,13 @@ def launch_table(records: Records) -> str:
         for row in record["calls"]:
             label, shown = f"{row['situation']}: {row['competitor']}", _three(row["us"]["median"])
             if row["above"] is not None:
-                shown = _beside_target(_three, row["above"]["median"], row["target"], "g")
+                shown = _target_cell(_three, row["above"]["median"], row["target"], "g")
                 label = f"{label} - nn.Linear"
             columns.setdefault(f"{machine(record)}, {row['dtype']}", {})[label] = shown
     return side_by_side("us (asked)", columns)
 
 
-def _by_machine(tables: Callable[[Record], list[str]]) -> Table:
+def _table_per_machine(tables: Callable[[Record], list[str]]) -> Table:
     """Return a table that shows each machine by itself."""
 
     def every(records: Records) -> str:
@@ -201,18 +201,18 @@ def _experts_of(record: Record) -> list[str]:
     return [markdown(["", "grouped_mm, ms", *(f"{name}, times that" for name in names)], rows)]
 
 
-ops_table, experts_table = _by_machine(_ops_of), _by_machine(_experts_of)
+ops_table, experts_table = _table_per_machine(_ops_of), _table_per_machine(_experts_of)
 #: What is printed of a question.
 TABLES: dict[str, tuple[Table, ...]] = {
     "ops": (ops_table,),
     "train_step": (train_step_table,),
-    "scaling": (_by_machine(_scaling_of),),
+    "scaling": (_table_per_machine(_scaling_of),),
     "cpu": (cpu_table, shares_table),
     "generate": (generate_table,),
     "decode": (generate_table,),
     "experts": (experts_table,),
     "launch": (launch_table,),
-    "many_masks": (_by_machine(_many_masks_of),),
+    "many_masks": (_table_per_machine(_many_masks_of),),
     "memory": (memory_table,),
 }
 
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("questions", nargs="*", help=f"among {', '.join(TABLES)}; all that are stored unless given")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    stored = {question: by_machine(asked.results, question) for question in TABLES}
+    stored = {question: read_machines(asked.results, question) for question in TABLES}
     for question in asked.questions or [question for question in TABLES if stored[question]]:
         if not stored.get(question):
             parser.error(f"questions must be stored ones among {', '.join(TABLES)}, got {question} ({asked.results})")
@@ -290,7 +290,7 @@ def _loss_and_difference(row: Record) -> str:
     return f"{shown} ({row['difference']:+.4f} ± {row['error']:.4f})" if row["difference"] else shown
 
 
-def _beside_target(shown: Callable[[float], str], value: float, target: float | None, form: str) -> str:
+def _target_cell(shown: Callable[[float], str], value: float, target: float | None, form: str) -> str:
     """Return the cell of a value with its target, bold if it was missed."""
     if target is None:
         return shown(value)

@@ -104,30 +104,30 @@ def _calls(few: bool) -> Calls:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for m in FEW_TOKENS if few else TOKENS:
         yield from _usual(m, bf16, bf16)
-    yield from _of_selection(bf16)
-    yield from _of_steps(torch.int16, bf16, eight_bit=True)
+    yield from _selection_calls(bf16)
+    yield from _step_calls(torch.int16, bf16, eight_bit=True)
     if few:
         return
-    yield from _of_selection(fp32)
-    yield from (*_of_flips(bf16), *_of_flips(fp32))
+    yield from _selection_calls(fp32)
+    yield from (*_flip_calls(bf16), *_flip_calls(fp32))
     for scores_dtype in (fp32, bf16, torch.int16):
         for eight_bit in (True, False):
             for weight_dtype in (bf16, fp16, fp32, None):
-                yield from _of_steps(scores_dtype, weight_dtype, eight_bit=eight_bit)
-            yield from _of_steps(scores_dtype, bf16, eight_bit=eight_bit, mode="value", odd=True)
+                yield from _step_calls(scores_dtype, weight_dtype, eight_bit=eight_bit)
+            yield from _step_calls(scores_dtype, bf16, eight_bit=eight_bit, mode="value", odd=True)
     for m in TOKENS:
         yield from _usual(m, bf16, fp32)
         yield from _usual(m, fp32, fp32)
-        yield from ((name, _in_tf32(call)) for name, call in _usual(m, fp32, fp32))
-    yield from ((name, _in_tf32(call)) for name, call in _usual(1, fp32, bf16))
+        yield from ((name, _run_in_tf32(call)) for name, call in _usual(m, fp32, fp32))
+    yield from ((name, _run_in_tf32(call)) for name, call in _usual(1, fp32, bf16))
     for m in FEW_TOKENS:
         yield from _rare(m, bf16, bf16)
         yield from _usual(m, fp16, fp16)
     for m, masks, dtype in ((8, 3, bf16), (8, 16, bf16), (32, 16, bf16), (64, 16, bf16), (8, 3, fp32)):
-        yield from _of_many(m, masks, dtype)
+        yield from _many_masks_calls(m, masks, dtype)
     for m, kind in itertools.product((1, 32, 64, 2048), ("nf4-dq", "int8")):
-        yield from _of_codes(m, kind)
-    yield from over_experts()
+        yield from _codes_calls(m, kind)
+    yield from _all_expert_calls()
     yield from _usual(2048, bf16, bf16, features=1024)  # fewer tiles than multiprocessors
     yield from _usual(64, bf16, bf16, odd=True)
     yield from _rare(64, bf16, bf16, odd=True)
@@ -190,7 +190,7 @@ def _rare(m: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = 
     yield f"forward through scratch, {o.name}", lambda: o.forward(o.threshold, choose=ops.always_scratch)
 
 
-def _of_selection(dtype: torch.dtype) -> Calls:
+def _selection_calls(dtype: torch.dtype) -> Calls:
     scores, threshold = _empty(FEATURES, FEATURES, dtype=dtype), _empty(dtype=dtype)
     for mode in (_MAGNITUDE, "value"):
         yield f"kept_threshold, {mode}, {_name(dtype)}", lambda mode=mode: select.select(scores, 0.9, mode)
@@ -198,7 +198,7 @@ def _of_selection(dtype: torch.dtype) -> Calls:
     yield f"pack_signs, {_name(dtype)}", lambda: bits.pack_signs(scores)
 
 
-def _of_flips(dtype: torch.dtype) -> Calls:
+def _flip_calls(dtype: torch.dtype) -> Calls:
     weight, aside = _empty(FEATURES, FEATURES, dtype=dtype), _empty(FEATURES, dtype=dtype)
     words, ends = _empty(FEATURES, FEATURES // 32, dtype=torch.int32), _empty(FEATURES, dtype=torch.int64)
     held, name = (aside, words, ends), f"mask in place, {_name(dtype)}"
@@ -209,14 +209,14 @@ def _of_flips(dtype: torch.dtype) -> Calls:
     yield f"{name}: drop", lambda: in_place.drop(weight, words, words)
 
 
-def _of_many(m: int, masks: int, dtype: torch.dtype) -> Calls:
+def _many_masks_calls(m: int, masks: int, dtype: torch.dtype) -> Calls:
     x, weight, bias = (_empty(*shape, dtype=dtype) for shape in ((m, FEATURES), (FEATURES, FEATURES), (FEATURES,)))
     packed, tasks = [_empty(FEATURES, FEATURES // 32, dtype=torch.int32)] * masks, _empty(m, dtype=torch.int32)
     name = f"{masks} masks, M = {m}, {_name(dtype)}"
     yield name, lambda: ops.product(x, weight, KeepByTask(packed, tasks), bias)
 
 
-def _of_codes(m: int, kind: str) -> Calls:
+def _codes_calls(m: int, kind: str) -> Calls:
     """Yield products of bf16 over codes."""
     shape = FEATURES, FEATURES
     codes, *scales = (_empty(*size, dtype=dtype) for size, dtype in FORMATS[kind].layout(shape).values())
@@ -227,19 +227,19 @@ def _of_codes(m: int, kind: str) -> Calls:
         yield f"{name}, {kind}, M = {m}", call
 
 
-def over_experts() -> Calls:
+def _all_expert_calls() -> Calls:
     """Return all calls over experts."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for rows in ROWS:
-        yield from of_experts(rows, bf16, bf16)
-        yield from of_experts(rows, bf16, fp32)
-        yield from ((name, _in_tf32(call)) for name, call in of_experts(rows, fp32, fp32))
-    yield from of_experts(32, fp32, fp32)
-    yield from of_experts(32, fp16, fp16)
-    yield from of_experts(32, bf16, bf16, odd=True)
+        yield from expert_calls(rows, bf16, bf16)
+        yield from expert_calls(rows, bf16, fp32)
+        yield from ((name, _run_in_tf32(call)) for name, call in expert_calls(rows, fp32, fp32))
+    yield from expert_calls(32, fp32, fp32)
+    yield from expert_calls(32, fp16, fp16)
+    yield from expert_calls(32, bf16, bf16, odd=True)
 
 
-def of_experts(
+def expert_calls(
     each: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False, features: int = FEATURES
 ) -> Calls:
     """Yield the calls of a layer of experts in training, and of the op; each expert has ``each`` rows."""
@@ -261,7 +261,7 @@ def of_experts(
         yield f"d_scores by {told_by}, {name}", functools.partial(ops.score_grad, sums)
 
 
-def _of_steps(
+def _step_calls(
     scores_dtype: torch.dtype,
     weight_dtype: torch.dtype | None,
     *,
@@ -285,7 +285,7 @@ def _of_steps(
     yield name, lambda: score_step.score_step(Update(scores, grad, weight, first, second, scales, **adam, **options))
 
 
-def _in_tf32(call: Callable[[], object]) -> Callable[[], object]:
+def _run_in_tf32(call: Callable[[], object]) -> Callable[[], object]:
     def run() -> object:
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")

@@ -15,14 +15,14 @@ def specialisation(argument: Any, specialised: bool) -> str:
     if argument is None:
         return "none"
     if isinstance(argument, torch.Tensor):
-        return f"*{_name(argument.dtype)}{_by_16(argument.data_ptr())}"
+        return f"*{_name(argument.dtype)}{_divisibility(argument.data_ptr())}"
     if isinstance(argument, tuple):
         return f"({', '.join(specialisation(each, specialised) for each in argument)})"
     if isinstance(argument, int):
         wide = "i32" if -(2**31) <= argument < 2**31 else "i64"
         if not specialised:
             return wide
-        return "1" if argument == 1 else f"{wide}{_by_16(argument)}"
+        return "1" if argument == 1 else f"{wide}{_divisibility(argument)}"
     if isinstance(argument, float):
         return "fp32"
     return f"{_name(argument.base.dtype)}{list(argument.block_shape)}"  # a descriptor
@@ -35,7 +35,7 @@ def identity(kernel: Any, args: Sequence[Any], options: dict[str, Any]) -> str:
     return f"{kernel.__name__}({', '.join(parts)})"
 
 
-def _by_16(number: int) -> str:
+def _divisibility(number: int) -> str:
     return "" if number % 16 else "/16"
 
 

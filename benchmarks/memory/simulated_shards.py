@@ -59,7 +59,7 @@ def sharded_processes(workload: Workload, tracker: MemoryTracker) -> Iterator[No
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=workload.processes)
     with contextlib.ExitStack() as patches:
         for name in ("alloc_storage", "free_storage"):
-            seen = _seen(getattr(_fsdp_param, name), tracker)
+            seen = _track_calls(getattr(_fsdp_param, name), tracker)
             for module in (_fsdp_param, _fsdp_param_group):
                 if hasattr(module, name):
                     patches.enter_context(patch.object(module, name, seen))
@@ -91,7 +91,7 @@ def _real_mesh(*args: Any) -> Any:
         return init_device_mesh(*args)
 
 
-def _seen(function: Any, tracker: MemoryTracker) -> Any:
+def _track_calls(function: Any, tracker: MemoryTracker) -> Any:
     def call(tensor: Tensor) -> None:
         function(tensor)
         tracker.track([tensor])

@@ -36,7 +36,7 @@ from mft_study.evidence.power import Spread
 from ..tables import markdown
 from .arms import Way, control_arm, ground_of, lora_arm, mask_arm
 from .federations import MajorityOfSigns, MaskVotes, MeanOfSigns, StochasticMasks, Updates
-from .findings import ROWS, Documents, compared, interval, nats_of
+from .findings import ROWS, Documents, compare_arms, interval, nats_of
 from .runs import CHOICE, SECONDS, Found, Regime, Run, best_rate, chosen_runs, load_base, quick_scratch, run_command
 from .texts import write_texts
 
@@ -109,7 +109,7 @@ class Federated(Regime):
         """Return the mean test loss over clients, the bits that each client sends per round, and the differences."""
         runs = {arm: chosen_runs(self, found, arm) for arm in self.rates}
         nats = {arm: {seed: one[NATS] for seed, one in own.items()} for arm, own in runs.items()}
-        against = {other: compared(nats, other, documents) for other in (BOUND, RIVAL) if other in nats}
+        against = {other: compare_arms(nats, other, documents) for other in (BOUND, RIVAL) if other in nats}
         arms = {}
         for arm, own in runs.items():
             bits = [8 * np.array(one[UP]) / one["weights"] for one in own.values()]

@@ -71,7 +71,9 @@ def minus(nats: Nats, others: Nats) -> dict[str, list[float]]:
     return {text: (np.array(own) - np.array(others[text])).tolist() for text, own in nats.items()}
 
 
-def compared(nats: Mapping[str, Mapping[int, Nats]], reference: str, documents: Documents) -> dict[str, dict[str, Any]]:
+def compare_arms(
+    nats: Mapping[str, Mapping[int, Nats]], reference: str, documents: Documents
+) -> dict[str, dict[str, Any]]:
     """Compare every other arm with the reference, in the seeds that both have: a Difference, adjusted for their number.
 
     Args: nats: by arm and seed.

@@ -25,7 +25,7 @@ class Learner:
         """Return the model for text of this task."""
         raise NotImplementedError
 
-    def trained(self, start: nn.Module, rows: Any) -> Weights:
+    def train_weights(self, start: nn.Module, rows: Any) -> Weights:
         """Return what the arm makes of start, under the ordinary model's names."""
         ground = dataclasses.replace(self.ground, start=start, rows=lambda: rows)
         model = self.arm.untrained(ground)
@@ -41,7 +41,7 @@ class OneOnAnother(Learner):
         self.alpha, self.now = alpha, self.ground.start
 
     def learn(self, task: str, rows: Any) -> None:
-        ends = self.trained(self.now, rows)
+        ends = self.train_weights(self.now, rows)
         starts = {name: self.now.get_parameter(name).detach() for name in ends}
         self.now = clone_with_weights(
             self.now, {name: starts[name].lerp(end, self.alpha) for name, end in ends.items()}
@@ -73,7 +73,7 @@ class PerTask(Learner):
         self.ends: dict[str, Weights] = {}
 
     def learn(self, task: str, rows: Any) -> None:
-        self.ends[task] = self.trained(self.ground.start, rows)
+        self.ends[task] = self.train_weights(self.ground.start, rows)
 
     def model(self, task: str) -> nn.Module:
         return clone_with_weights(self.ground.start, self.ends.get(task, {})).eval()

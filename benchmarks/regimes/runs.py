@@ -183,7 +183,7 @@ def complete(regime: Regime, directory: Path) -> dict[Run, Found]:
         kept = {run: _path(directory, run) for run in missing if _path(directory, run).is_file()}
         found.update({run: json.loads(path.read_text(encoding="utf-8")) for run, path in kept.items()})
         missing, begin = [run for run in missing if run not in kept], time.perf_counter()
-        for number, (run, one) in enumerate(_carried_out(regime, directory / BASE, missing), start=1):
+        for number, (run, one) in enumerate(_run_all(regime, directory / BASE, missing), start=1):
             found[run] = one
             write_whole(_path(directory, run), json.dumps(one, allow_nan=False))
             left = (time.perf_counter() - begin) / number * (len(missing) - number) / 60
@@ -193,7 +193,7 @@ def complete(regime: Regime, directory: Path) -> dict[Run, Found]:
     (directory / RUNS).mkdir(exist_ok=True)
     finish(Run(arm, lr, first) for arm, rates in regime.rates.items() for lr in rates)
     for _ in range(regime.extensions):
-        finish([Run(arm, lr, first) for arm in regime.rates for lr in _beside(regime, found, arm)[:1]])
+        finish([Run(arm, lr, first) for arm in regime.rates for lr in _neighbouring_rates(regime, found, arm)[:1]])
     chosen = {arm: best_rate(regime, found, arm) for arm in regime.rates}
     finish(Run(arm, lr, seed) for seed in regime.seeds for arm, lr in chosen.items())
     return found
@@ -218,7 +218,7 @@ def open_ends(regime: Regime, found: dict[Run, Found]) -> list[str]:
     lines = []
     for arm in regime.rates:
         lr = best_rate(regime, found, arm)
-        if _beside(regime, found, arm):
+        if _neighbouring_rates(regime, found, arm):
             lines.append(f"{arm}: its best rate, {lr:g}, lies at the end of those that were tried")
         if lost := [seed for seed in regime.seeds if DIVERGED in found[Run(arm, lr, seed)]]:
             lines.append(f"{arm}: diverged at its chosen rate with the seeds {', '.join(map(str, lost))}")
@@ -236,7 +236,7 @@ def _losses(regime: Regime, found: dict[Run, Found], arm: str) -> dict[float, fl
     return {run.lr: one[CHOICE] for run, one in runs.items() if DIVERGED not in one}
 
 
-def _beside(regime: Regime, found: dict[Run, Found], arm: str) -> list[float]:
+def _neighbouring_rates(regime: Regime, found: dict[Run, Found], arm: str) -> list[float]:
     """Return the untried neighbours of the best rate, the smaller one first."""
     grid = [Setting(lr=lr) for lr in regime.rates[arm]]
     tried = [Setting(lr=run.lr) for run in found if (run.arm, run.seed) == (arm, regime.seeds[0])]
@@ -249,7 +249,7 @@ def _path(directory: Path, run: Run) -> Path:
     return directory / RUNS / f"{run}.json"
 
 
-def _carried_out(regime: Regime, base: Path, runs: list[Run]) -> Iterator[tuple[Run, Found]]:
+def _run_all(regime: Regime, base: Path, runs: list[Run]) -> Iterator[tuple[Run, Found]]:
     """Yield runs in the order in which they end: in this process, or in several fresh ones."""
     if regime.workers == 1:
         for run in runs:

@@ -38,7 +38,7 @@ from mft_study.evidence.power import Spread
 
 from ..tables import markdown
 from .arms import Way, control_arm, ground_of, lora_arm, mask_arm
-from .findings import ROWS, Documents, compared, interval, minus, nats_of
+from .findings import ROWS, Documents, compare_arms, interval, minus, nats_of
 from .learners import AdaptersAdded, MasksUnited, OneOnAnother, PerTask, TrainedOn
 from .runs import CHOICE, SECONDS, Found, Regime, Run, best_rate, chosen_runs, load_base, quick_scratch, run_command
 from .texts import docstrings_of, sources_of, write_texts
@@ -113,13 +113,13 @@ class SequentialTasks(Regime):
         for measure, nats_in in _MEASURES.items():
             nats = {arm: {seed: nats_in(one) for seed, one in own.items()} for arm, own in runs.items()}
             nats = {arm: by_seed for arm, by_seed in nats.items() if all(by_seed.values())}
-            differences = compared(nats, REFERENCE, documents)
+            differences = compare_arms(nats, REFERENCE, documents)
             for arm, by_seed in nats.items():
                 arms[arm][measure] = float(np.mean([documents.mean_loss(one) for one in by_seed.values()]))
                 arms[arm][f"{measure} - {REFERENCE}"] = differences.get(arm)
         if {MASKS, LORAS} <= runs.keys():
-            nats = {arm: {seed: at_the_end(one) for seed, one in runs[arm].items()} for arm in (MASKS, LORAS)}
-            arms[MASKS][f"{END} - {LORAS}"] = compared(nats, LORAS, documents)[MASKS]
+            nats = {arm: {seed: final_nats(one) for seed, one in runs[arm].items()} for arm in (MASKS, LORAS)}
+            arms[MASKS][f"{END} - {LORAS}"] = compare_arms(nats, LORAS, documents)[MASKS]
         for arm, own in runs.items():
             if LEARNED in arms[arm]:
                 arms[arm]["matrix"] = matrix(list(own.values()), documents)
@@ -160,7 +160,7 @@ def matrix(runs: Sequence[Found], documents: Documents) -> list[list[float]]:
     return np.mean(losses, axis=0).round(4).tolist()
 
 
-def at_the_end(one: Found) -> dict[str, list[float]]:
+def final_nats(one: Found) -> dict[str, list[float]]:
     return {task: nats[-1] for task, nats in one[NATS].items()}
 
 
@@ -173,11 +173,11 @@ def just_learned(one: Found) -> dict[str, list[float]]:
 
 def forgotten(one: Found) -> dict[str, list[float]]:
     """Return the loss increase since each task was learned, 0 for the last; empty if tasks were learned at once."""
-    before, after = just_learned(one), at_the_end(one)
+    before, after = just_learned(one), final_nats(one)
     return minus({task: after[task] for task in before}, before)
 
 
-_MEASURES = {END: at_the_end, LEARNED: just_learned, FORGOTTEN: forgotten}
+_MEASURES = {END: final_nats, LEARNED: just_learned, FORGOTTEN: forgotten}
 
 
 # ---------------------------------------------------------------------------------------------- the command

@@ -52,14 +52,14 @@ def test_each_question_names_functions_that_exist():
 def test_a_case_is_chosen_by_its_name_or_a_pattern(monkeypatch):
     monkeypatch.setattr(harness, "_pattern", "*")
     cases = ["step, bf16, M = 1", "step, bf16, M = 16", "step, fp32, M = 1"]
-    assert harness.chosen(cases) == cases
+    assert harness.select_cases(cases) == cases
     harness.choose_cases("step, bf16, M = 1")
-    assert harness.chosen(cases) == cases[:1]
+    assert harness.select_cases(cases) == cases[:1]
     harness.choose_cases("*M = 1")
-    assert harness.chosen(cases) == cases[::2]
+    assert harness.select_cases(cases) == cases[::2]
     harness.choose_cases("forward")
     with pytest.raises(SystemExit, match=r"--case must name one of these, .* got forward:\n    step, bf16, M = 1\n"):
-        harness.chosen(cases)
+        harness.select_cases(cases)
 
 
 # ---------------------------------------------------------------------------------------------- roofline

@@ -7,7 +7,7 @@ import pytest
 from ratio_records import QUANTITY, record
 
 from benchmarks import compare, harness
-from benchmarks.records import by_question, file_name
+from benchmarks.records import file_name, select_records
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_ref_is_a_commit_whose_results_are_read(tmp_path, monkeypatch):
     write(results, record(3.0))
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     monkeypatch.setattr(compare, "RESULTS", results)
-    found = by_question(compare.read_ref("HEAD"), harness.instruction_set())
+    found = select_records(compare.read_ref("HEAD"), harness.instruction_set())
     assert found["ops"]["findings"][0]["measured"]["median"] == 2.0
     with pytest.raises(ValueError, match="REF must be a folder of results or a git ref, got 'nowhere'"):
         compare.read_ref("nowhere")

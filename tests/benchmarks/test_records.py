@@ -11,7 +11,7 @@ from benchmarks.compare import ratios
 from benchmarks.cpu_targets import TARGETS
 from benchmarks.layer_competitors import FROM_SCORES, HELD
 from benchmarks.pooled import pooled
-from benchmarks.records import ON_ANY, RESULTS, by_machine, by_question, file_name, read_all
+from benchmarks.records import ON_ANY, RESULTS, file_name, read_all, read_machines, select_records
 from benchmarks.tables import cpu_table, experts_table, generate_table, launch_table, show
 from mft.memory.shapes import known_config
 
@@ -52,12 +52,12 @@ def test_answers_are_found_by_question_and_by_machine(tmp_path):
     stored(tmp_path, "compare-small.json")
     stored(tmp_path, "memory_blocks-cuda.json")
     records = read_all(tmp_path)
-    assert set(by_question(records, "amx")) == {"ops", "memory_cards"}
-    assert set(by_question(records, "avx512")) == {"cpu", "memory_cards"}
-    assert set(by_question(records, "avx512_bf16")) == {"scaling", "memory_cards"}
-    assert list(by_machine(tmp_path, "ops")) == ["amx", "avx2"]
-    assert list(by_machine(tmp_path, "cpu")) == ["avx512"]
-    assert by_machine(tmp_path, "train_step") == {}
+    assert set(select_records(records, "amx")) == {"ops", "memory_cards"}
+    assert set(select_records(records, "avx512")) == {"cpu", "memory_cards"}
+    assert set(select_records(records, "avx512_bf16")) == {"scaling", "memory_cards"}
+    assert list(read_machines(tmp_path, "ops")) == ["amx", "avx2"]
+    assert list(read_machines(tmp_path, "cpu")) == ["avx512"]
+    assert read_machines(tmp_path, "train_step") == {}
 
 
 def test_every_stored_answer_of_a_processor_has_its_instruction_set_in_its_name():
@@ -70,7 +70,7 @@ def test_every_stored_answer_of_a_processor_has_its_instruction_set_in_its_name(
 
 def test_the_page_shows_what_is_stored():
     page = measured.DOCUMENT.read_text()
-    assert measured.written(page) == page, "python -m benchmarks.measured"
+    assert measured.rewrite_tables(page) == page, "python -m benchmarks.measured"
 
 
 # ---------------------------------------------------------------------------------------------- the question cpu
@@ -105,7 +105,7 @@ def two_machines(tmp_path_factory):
 
 
 def test_the_targets_and_the_machines_stand_side_by_side(two_machines, capsys):
-    records = by_machine(two_machines, "cpu")
+    records = read_machines(two_machines, "cpu")
     assert list(records) == ["amx", "avx2"]
     table = cpu_table(records)
     (line,) = [line for line in table.splitlines() if "| step, bf16, 4 x 64, M = 3 |" in line]
@@ -113,7 +113,7 @@ def test_the_targets_and_the_machines_stand_side_by_side(two_machines, capsys):
     assert re.fullmatch(r"\*\*[\d.]+\*\* \(0\.00\)", scores)  # missed
     assert re.fullmatch(r"[\d.]+ \(1000\.00\)", held)
     assert scores_elsewhere == scores.split()[0].strip("*")  # there is no target for this machine
-    assert generate_table(by_machine(two_machines, "generate")).splitlines()[0].count("bf16") == 2
+    assert generate_table(read_machines(two_machines, "generate")).splitlines()[0].count("bf16") == 2
     show("cpu", records)
     assert "% of the ceiling" in capsys.readouterr().out
 
@@ -121,12 +121,12 @@ def test_the_targets_and_the_machines_stand_side_by_side(two_machines, capsys):
 def test_the_question_of_rows_with_masks_of_their_own_is_answered(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "_folder", tmp_path)
     bench_decode.main(budget=bench_decode.Budget(prompt=3, new=2, seconds=0.0, config=TINY.config))
-    records = by_machine(tmp_path, "decode")
+    records = read_machines(tmp_path, "decode")
     (record,) = records.values()
     assert "| ours, 8 tasks in a batch | " in generate_table(records)
     asked = {finding["quantity"] for finding in record["findings"] if finding["rule"] is not None}
     assert asked == {
-        f"{bench_decode.banked(tasks)} / merged: {dtype}" for tasks in (1, 3, 8) for dtype in ("bf16", "fp32")
+        f"{bench_decode.bank_name(tasks)} / merged: {dtype}" for tasks in (1, 3, 8) for dtype in ("bf16", "fp32")
     }
 
 
@@ -136,7 +136,7 @@ def test_the_question_of_rows_with_masks_of_their_own_is_answered(tmp_path, monk
 def test_the_question_of_experts_is_answered(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "_folder", tmp_path)
     bench_experts.main(budget=bench_experts.Budget(sizes=FEW_AND_MANY, tokens=(1, 5), seconds=0.0, least=1))
-    records = by_machine(tmp_path, "experts")
+    records = read_machines(tmp_path, "experts")
     (record,) = records.values()
     assert experts_table(records).count("\n") == 2 + 1 + 2 * 2 * 3
     for case in record["cases"]:
@@ -155,7 +155,7 @@ def test_launch_tells_ours_above_nn_linear_in_every_situation(tmp_path, monkeypa
     assert goals.keys() == bench_launch.GOALS.keys() == bench_launch.MODES.keys()
     monkeypatch.setattr(bench_launch, "GOALS", goals)
     bench_launch.main(budget=bench_launch.Budget(rounds=2, calls=1))
-    records = by_machine(tmp_path, "launch")
+    records = read_machines(tmp_path, "launch")
     (record,) = records.values()
     assert record["environment"]["threads"] == 1
     assert len(record["calls"]) == 2 * 4 * 4

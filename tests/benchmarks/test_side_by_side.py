@@ -46,7 +46,7 @@ def test_what_is_asked_for_stands_after_ours_by_its_name(called):
     found = SideBySide.here()
     assert found.asked == {OURS: "auto", "mine": "mine"}
     assert found.competitors([DENSE, MODULE, OURS]) == [DENSE, MODULE, "mine, module", OURS, "mine"]
-    assert [found.as_ours(name) for name in ("mine, module", "mine", MODULE, DENSE)] == [MODULE, OURS, MODULE, DENSE]
+    assert [found.our_name(name) for name in ("mine, module", "mine", MODULE, DENSE)] == [MODULE, OURS, MODULE, DENSE]
     assert found.record() == {
         OURS: f"{(own := backends.backend_report()['auto']['cpu'])}: {backends.registered(own).detail}",
         "mine": "mine: blocks of 256 rows",

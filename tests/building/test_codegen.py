@@ -113,7 +113,7 @@ def test_all_tiles_that_can_be_chosen_are_among_those_that_the_report_reads(card
         for dtype, scores_dtype in ((bf16, bf16), (bf16, fp32), (fp32, fp32), (fp32, bf16)):
             calls = list(launches._usual(m, dtype, scores_dtype, features=features))
             if dtype == fp32:
-                calls += [(f"{name}, TF32", launches._in_tf32(call)) for name, call in calls]
+                calls += [(f"{name}, TF32", launches._run_in_tf32(call)) for name, call in calls]
             for name, call in calls:
                 for launched in ahead.recorded(call, replace(card, multiprocessors=multiprocessors)):
                     if (tiles := tiles_of(launched)) not in read:
@@ -128,7 +128,7 @@ def test_all_tiles_that_can_be_chosen_are_among_those_that_the_report_reads(card
 )
 def test_kernels_over_experts_are_as_they_should_be(card, rows, calls):
     card = card or launches.targets()[2]
-    for name, call in launches.of_experts(rows, torch.bfloat16, torch.bfloat16):
+    for name, call in launches.expert_calls(rows, torch.bfloat16, torch.bfloat16):
         if name.startswith(calls):
             entry = launches.Entry(card, name, ahead.recorded(call, card)[0])
             assert report.row(entry).faults == (), name
@@ -161,7 +161,7 @@ def test_a_decoded_token_s_weight_comes_16_bytes_at_a_time_and_each_word_of_its_
 
 def test_rows_of_many_masks_wait_for_no_load():
     """A load inside the branch of one mask would be waited for at once, in each step."""
-    ((_, call),) = launches._of_many(8, 3, torch.bfloat16)
+    ((_, call),) = launches._many_masks_calls(8, 3, torch.bfloat16)
     product = ahead.recorded(call, target.A100)[0]
     compiled = ahead.compile_ahead(product.kernel, ahead.gpu_target(target.A100), product.args, product.options)
     loops = sass.parse(sass.disassemble(compiled.asm["cubin"])).innermost_loops(sass.is_mma)

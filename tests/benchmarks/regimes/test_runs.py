@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 
-from benchmarks.regimes.findings import Documents, compared
+from benchmarks.regimes.findings import Documents, compare_arms
 from benchmarks.regimes.runs import CHOICE, Regime, Run, best_rate, complete, open_ends
 from mft.engines.step import NonFiniteLoss
 
@@ -74,7 +74,7 @@ def test_an_arm_that_diverges_at_every_rate_is_named(bowls, tmp_path):
 def test_every_text_counts_as_much_as_any_other_in_a_difference():
     documents = Documents({"long": ["a", "b"], "short": ["c", "d"]}, {"long": [900, 100], "short": [6, 4]})
     nats = {"control": {0: {"long": [1000, 100], "short": [6, 4]}}, "mask": {0: {"long": [1900, 200], "short": [6, 4]}}}
-    found = compared(nats, "control", documents)
+    found = compare_arms(nats, "control", documents)
     assert found["mask"]["estimate"] == pytest.approx(0.5)
     assert list(found) == ["mask"]
     assert documents.mean_loss(nats["mask"][0]) == pytest.approx((2.1 + 1) / 2)
