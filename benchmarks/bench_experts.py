@@ -17,7 +17,7 @@ from transformers import MixtralConfig, OlmoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from mft.masks.experts import mask_experts
+from mft.masks.masked_experts import mask_experts
 from mft_kernels import MaskedGroupedLinear
 from mft_kernels.timing import Samples, time_within
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import mft_kernels
 from mft_kernels.mask.held import masked_linear_held
-from mft_kernels.mask.in_place import MaskedInPlace
+from mft_kernels.mask.masked_in_place import MaskedInPlace
 from mft_kernels.testing import Inputs, random_inputs
 
 from .rivals import KEEP_RATIO, LORA, LORA_RANK, eager_fast, paper_linear

@@ -60,7 +60,7 @@ from .codes import Int8 as Int8
 from .codes import Nf4 as Nf4
 from .codes import Nf4Dq as Nf4Dq
 from .mask.held import Weight as Weight  # what a held layer may have in place of a weight
-from .mask.in_place import MaskedInPlace as MaskedInPlace  # `memory: in_place`
+from .mask.masked_in_place import MaskedInPlace as MaskedInPlace  # `memory: in_place`
 from .ops.grouped import GROUPED_PACKED as GROUPED_PACKED  # quantised experts: the product,
 from .ops.grouped import GROUPED_PACKED_BACKWARD as GROUPED_PACKED_BACKWARD  # and its gradients
 from .ops.linear import MASKED_LINEAR_PACKED_BACKWARD as MASKED_LINEAR_PACKED_BACKWARD  # gradients by decoded weights

@@ -9,7 +9,7 @@ from rich.console import Console
 from tiny import counting_lines, save_llama
 
 from mft_study.load import load_study
-from mft_study.run import run_study
+from mft_study.study_run import run_study
 
 STUDY = """
 model: {{name: {directory}/model, dtype: float32}}

@@ -28,29 +28,29 @@ from benchmarks.memory.tracker import MemoryTracker
 from mft.config import MaskConfig, TrainConfig, parse_layers
 from mft.data.batches import Labelled, MicroBatch
 from mft.engines.distributed import ALONE, Processes
-from mft.engines.in_place import InPlace, InPlaceStates
+from mft.engines.in_place_engine import InPlace, InPlaceStates
 from mft.engines.layer_calls import LayerCalls
 from mft.engines.mode import ResidentMode, place
 from mft.engines.offload import Mover
 from mft.engines.plain import Plain
 from mft.engines.score_states import HeldMask, grad_dtype, score_groups, score_optimizer
 from mft.masks.convert import convert, masked_modules
-from mft.masks.experts import mask_experts
+from mft.masks.masked_experts import mask_experts
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedGroupedLinear, QuantizedMaskedLinear
 from mft.masks.targets import select_targets
 from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, known_models, shape_from_config
 from mft.memory.workload import Workload
 from mft.models.causal_lm import decoder_layers, head_of, run_decoder
-from mft.models.codes.experts import QuantizedGroupedLinear
+from mft.models.codes.quantized_experts import QuantizedGroupedLinear
 from mft.models.codes.weight import QuantizedWeight
-from mft.models.experts import expert_projections
+from mft.models.routed_experts import expert_projections
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.kl import KL
 from mft.objectives.log_prob_objective import LogProbObjective
 from mft.objectives.objective import Objective
 from mft_kernels import MaskedGroupedLinear, MaskedLinear
-from mft_kernels.mask.in_place import MaskedInPlace
+from mft_kernels.mask.masked_in_place import MaskedInPlace
 from mft_kernels.reference import functions as reference
 
 DTYPE = torch.bfloat16

@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from .training.loop import finetune, train_masks
     from .training.model_teacher import ModelTeacher
     from .training.resume import Begin, Resume
-    from .training.run import run_finetune, run_train
     from .training.saver import Saver
+    from .training.training_run import run_finetune, run_train
 
     __version__: str
 
@@ -92,7 +92,7 @@ _HOMES = {
     "training.checkpoint": ("newest_checkpoint",),
     "training.loop": ("finetune", "train_masks"),
     "training.resume": ("Begin", "Resume"),
-    "training.run": ("run_finetune", "run_train"),
+    "training.training_run": ("run_finetune", "run_train"),
     "training.saver": ("Saver",),
     "training.model_teacher": ("ModelTeacher",),
 }

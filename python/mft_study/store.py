@@ -39,9 +39,9 @@ from mft_study.evidence.reserve import open_reserve, opened_by
 from mft_study.evidence.sums import FILE as SUMS
 from mft_study.load import study_values
 from mft_study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
-from mft_study.plan import Chosen, best_so_far, chosen_settings, source_of, start_of, teachers_of
 from mft_study.shared.claims import Alone, Claims, Joined
 from mft_study.shared.leases import FOLDER, JOINED, Leases, Pace, open_leases
+from mft_study.study_plan import Chosen, best_so_far, chosen_settings, source_of, start_of, teachers_of
 
 FORMAT = 2  # increase it when the same declaration gives other results
 STUDY, BASE_MODEL, BASES, UNITS, TRAINED, TEST = "study.yaml", "base", "bases", "units", "trained", "test"

@@ -21,7 +21,7 @@ from mft_study.config import StudyConfig
 from mft_study.evidence.host import this_host
 from mft_study.outcome import Outcome, Tested, outcome_from, outcome_values, tested_from, tested_values
 from mft_study.units.job import Job
-from mft_study.units.run import run_test, run_unit
+from mft_study.units.unit_run import run_test, run_unit
 from mft_study.workspace import Workspace
 
 Result = Outcome | Tested

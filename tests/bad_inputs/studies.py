@@ -11,11 +11,11 @@ from mft_study.ablate import derive
 from mft_study.arms.kinds import make_arm
 from mft_study.cli.compare import run_compare
 from mft_study.load import load_study, study_values
-from mft_study.run import run_study
 from mft_study.shared import on_ray
 from mft_study.shared.alike import read_noted
 from mft_study.shared.leases import Leases, Pace, open_leases
 from mft_study.store import Store, fine_tunes_in, open_store
+from mft_study.study_run import run_study
 
 
 def fail_with(code):

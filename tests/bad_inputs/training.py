@@ -27,7 +27,7 @@ from mft.masks.quantize import quantize_model
 from mft.masks.unmasked import unmasked_model
 from mft.models.longrope import refuse_long_batches
 from mft.models.packed_rows import check_kept_apart
-from mft.training import plan
+from mft.training import memory_plan
 from mft.training.best import Best
 from mft.training.checkpoint import BadCheckpoint, check_space, newest_checkpoint, write_checkpoint
 from mft.training.loop import finetune, train_loop, train_masks
@@ -81,9 +81,9 @@ def needs_2_to_60_bytes(layer, *_):
 
 def plan_on(patch, device, free, *overrides):
     """Plan a run on a device, and on its host, with ``free`` bytes each."""
-    patch.setattr(plan, "default_device", lambda: torch.device(device))
-    patch.setattr(plan, "_free_memory", lambda _: free)
-    plan.plan_training(load_config(None, ["train.steps=1", *overrides]))
+    patch.setattr(memory_plan, "default_device", lambda: torch.device(device))
+    patch.setattr(memory_plan, "_free_memory", lambda _: free)
+    memory_plan.plan_training(load_config(None, ["train.steps=1", *overrides]))
 
 
 def run_in(tmp):

@@ -11,7 +11,7 @@ from mft.config import MaskConfig, RunConfig
 from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, shape_from_config
 from mft.memory.workload import Workload
-from mft.training.plan import workload_of
+from mft.training.memory_plan import workload_of
 
 SHAPE = shape_from_config(known_config("smollm2-135m"), "smollm2-135m")
 WEIGHTS = 106_168_320

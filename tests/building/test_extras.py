@@ -72,7 +72,7 @@ model(input_ids=ids, labels=ids).loss.backward()
 from mft_study.peft_methods import add_adapter, lora_options
 adapted = add_adapter(model, ["model.layers.0.mlp.up_proj"], lora_options(8))
 adapted(input_ids=ids, labels=ids).loss.backward()
-import mft_study.run
+import mft_study.study_run
 """,
     "peft": f"""
 {MODEL}

@@ -75,7 +75,7 @@ class Lab:
         os.environ["MFT_CACHE"] = str(work / "cache")
         write_run(work)
         self.begin = ("train", "--config", str(work / "config.yaml"), *LEARN, f"train.accumulation={COUNT}")
-        importlib.import_module("mft.training.run")  # once for all children
+        importlib.import_module("mft.training.training_run")  # once for all children
         importlib.import_module("matplotlib.figure")
 
     def run(self, directory: Path, *command: str, prepare: Callable[[int], None] = lambda rank: None) -> list[Ended]:

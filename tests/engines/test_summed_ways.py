@@ -16,7 +16,7 @@ from tiny_run import assert_same_masks, steps, stop_after, write_run
 from tiny_ways import masked_mixture, scores_of
 from tiny_ways import rows_with_few_labels as rows
 
-import mft.training.plan
+import mft.training.memory_plan
 import mft.training.saver
 from mft.config import MaskConfig, ModelConfig, TrainConfig
 from mft.config_file import load_config
@@ -31,8 +31,8 @@ from mft.models.pretrained import load_model
 from mft.training.checkpoint import newest_checkpoint
 from mft.training.loop import finetune, train_masks
 from mft.training.resume import Resume
-from mft.training.run import run_train
 from mft.training.saver import Saver, Stopped
+from mft.training.training_run import run_train
 
 COUNT, STEPS, STOP = 2, 4, 2
 WAYS = ("plain", "in_place", "resident", "quantized", "layerwise")
@@ -192,7 +192,7 @@ def run_until_a_signal(rank, folder):
     peaks = [
         estimate(
             shape_from_config(read_model_config(config.model.name), "tiny", dtype="float32"),
-            replace(mft.training.plan.workload_of(config, torch.device("cpu"), COUNT), memory=way, **WIDEST),
+            replace(mft.training.memory_plan.workload_of(config, torch.device("cpu"), COUNT), memory=way, **WIDEST),
         ).device_peak
         for way in ("plain", "resident")
     ]
@@ -205,7 +205,7 @@ def run_until_a_signal(rank, folder):
         after_step(self, runner, reports, ended)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mft.training.plan, "_free_memory", lambda device: (free, None))
+        patch.setattr(mft.training.memory_plan, "_free_memory", lambda device: (free, None))
         patch.setattr(Saver, "after_step", stop)
         with pytest.raises(Stopped) as caught:
             run_train(config)

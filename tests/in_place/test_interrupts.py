@@ -13,7 +13,7 @@ from tiny_mixtures import mixture
 import mft
 from mft.masks.in_place.model import masks_in_place, use_masked_layers
 
-PARTS = ("masks/in_place/layer.py", "masks/in_place/model.py", "masks/experts.py", "engines/in_place")
+PARTS = ("masks/in_place/layer.py", "masks/in_place/model.py", "masks/masked_experts.py", "engines/in_place")
 PRODUCT = tuple(str(Path(mft.__file__).parent / part) for part in PARTS)
 
 

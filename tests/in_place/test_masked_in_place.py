@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mft_kernels import pack_mask
-from mft_kernels.mask.in_place import MaskedInPlace
+from mft_kernels.mask.masked_in_place import MaskedInPlace
 
 SPECIAL = [torch.nan, -torch.nan, torch.inf, -torch.inf, -0.0, 0.0]
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

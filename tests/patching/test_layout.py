@@ -10,7 +10,7 @@ from mft.files.gguf_file import read_gguf_header
 from mft.patching.layout import Layout
 from mft.patching.outline import gguf_outline
 from mft.patching.patch import patch_gguf
-from mft.patching.plan import plan_patch
+from mft.patching.patch_plan import plan_patch
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "qwen3moe"])

@@ -7,7 +7,7 @@ from gguf_models import make, mask_of, write_gguf
 
 from mft.patching.lora import adapter_size, write_gguf_lora
 from mft.patching.patch import patch_gguf
-from mft.patching.plan import plan_patch
+from mft.patching.patch_plan import plan_patch
 
 
 def tensors(path):

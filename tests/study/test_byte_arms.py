@@ -19,9 +19,9 @@ from mft_study.arms.kinds import KINDS, make_arm
 from mft_study.arms.setting import Setting
 from mft_study.arms.weights import clone_with_weights
 from mft_study.bases import Bases
-from mft_study.plan import best_so_far, chosen_settings, why_no_setting
+from mft_study.study_plan import best_so_far, chosen_settings, why_no_setting
 from mft_study.units.job import arm_of, ground_of, model_of
-from mft_study.units.run import run_test, run_unit
+from mft_study.units.unit_run import run_test, run_unit
 from mft_study.workspace import Workspace
 
 DELTA = torch.tensor([[1.0, -2.0, 0.0], [4.0, -8.0, 0.5]])

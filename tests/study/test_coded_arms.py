@@ -18,7 +18,7 @@ from mft_study.number_codes import decode, encode
 from mft_study.outcome import Unit
 from mft_study.report.write import write_study_report
 from mft_study.units.job import Job, model_of
-from mft_study.units.run import run_unit
+from mft_study.units.unit_run import run_unit
 
 BITS = {"bf16": 16, "int8": 8 + 16 / 64, "nf4": 4 + 16 / 64, "int4": 4 + 16 / 32}
 # Largest error relative to a block's largest number: half of the widest gap between levels, plus rounding.

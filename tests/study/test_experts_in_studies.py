@@ -11,7 +11,7 @@ from mft.importance.importance import importance
 from mft.importance.scores import initialise_scores
 from mft.masks.convert import mask_model, masked_modules
 from mft.models.causal_lm import clone_with_own_weights
-from mft.models.experts import expert_projections
+from mft.models.routed_experts import expert_projections
 from mft.training.loop import train_loop
 from mft_study.arms.weights import clone_with_weights
 from mft_study.one_shot import one_shot_mask

@@ -21,9 +21,9 @@ from mft_study.arms.weights import clone_with_weights
 from mft_study.bases import Bases
 from mft_study.load import load_study
 from mft_study.outcome import Unit
-from mft_study.plan import starts_of, teachers_of
 from mft_study.report.table import recovered_share, reference_of
 from mft_study.store import Store
+from mft_study.study_plan import starts_of, teachers_of
 from mft_study.workspace import Workspace
 
 FULL = "  base: {kind: base}\n  full: {kind: full, lrs: [1e-2]}\n"

@@ -20,7 +20,7 @@ from mft_study.bases import Bases
 from mft_study.outcome import Unit
 from mft_study.units import measure
 from mft_study.units.job import Job, model_of
-from mft_study.units.run import run_test, run_unit
+from mft_study.units.unit_run import run_test, run_unit
 from mft_study.workspace import Workspace
 
 ARMS = """

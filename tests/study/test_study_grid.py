@@ -12,7 +12,7 @@ from test_study_plan import RATES, make, play
 from mft_study.arms.kinds import make_arm
 from mft_study.arms.setting import Setting
 from mft_study.grid import DIRECTIONS, OpenEnd, neighbours
-from mft_study.plan import chosen_settings, notes, open_ends, why_no_setting
+from mft_study.study_plan import chosen_settings, notes, open_ends, why_no_setting
 
 FULL = {"full": make_arm("full", lrs=RATES)}
 

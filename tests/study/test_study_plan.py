@@ -15,7 +15,7 @@ from mft_study.arms.kinds import make_arm
 from mft_study.arms.setting import Setting
 from mft_study.config import LeadersConfig, StudyConfig
 from mft_study.outcome import Measured, Outcome, Unit
-from mft_study.plan import (
+from mft_study.study_plan import (
     chosen_settings,
     chosen_units,
     notes,

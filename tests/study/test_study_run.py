@@ -16,13 +16,13 @@ from tiny_run import refused, succeed
 from tiny_study import FEW, FULL, equal, make_study
 
 from benchmarks import recompute
-from mft_study import run, workers
+from mft_study import study_run, workers
 from mft_study.arms.setting import Setting
 from mft_study.bases import Bases
 from mft_study.evidence.sums import read_sums
 from mft_study.outcome import Unit
 from mft_study.report.write import write_study_report
-from mft_study.run import run_study
+from mft_study.study_run import run_study
 from mft_study.units.job import Job
 
 SCRATCH = "scratch.vocab_size=300"
@@ -152,7 +152,7 @@ def test_a_unit_that_fails_is_named_and_what_was_done_is_kept(study, monkeypatch
 def test_a_file_that_gives_another_model_is_found(study, done, monkeypatch):
     shutil.copytree(done.directory, study.directory)
     shutil.rmtree(study.directory / "test")
-    monkeypatch.setattr(run, "_SAME", 0.0)
+    monkeypatch.setattr(study_run, "_SAME", 0.0)
     with pytest.raises(RuntimeError, match="its file must give the validation loss that its run had"):
         study()
 

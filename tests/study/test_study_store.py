@@ -9,8 +9,8 @@ from mft.evaluation.evaluate import Evaluation
 from mft_study import outcome as outcomes
 from mft_study.arms.setting import Setting
 from mft_study.outcome import Measured, Outcome, Unit, outcome_from, outcome_values
-from mft_study.plan import chosen_settings
 from mft_study.store import Store, open_store
+from mft_study.study_plan import chosen_settings
 
 ARMS = """
   base: {kind: base}

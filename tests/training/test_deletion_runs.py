@@ -37,7 +37,7 @@ def test_a_killed_run_goes_on_bit_for_bit_without_a_look_at_the_data(cli, tmp_pa
     few = [*KILLED[how], "checkpoint_minutes=0"]
     cli.done("train", *few, "output_dir=straight")
     killed_after(cli, 3, "train", *few)
-    monkeypatch.setattr("mft.training.run.init_from_data", never)
+    monkeypatch.setattr("mft.training.training_run.init_from_data", never)
     output = cli.done("train", "--resume", "run")
     assert events_of(tmp_path / "run", timed=False) == events_of(tmp_path / "straight", timed=False)
     assert_same_masks(tmp_path / "run", tmp_path / "straight")
@@ -53,7 +53,7 @@ def test_the_share_dropped_is_shown_and_recorded_and_flips_are_known(cli, tmp_pa
         begun.append((mask.calibration_rows, placed.mode.name))
         return init_from_data(placed, mask, rows, **options)
 
-    monkeypatch.setattr("mft.training.run.init_from_data", begin)
+    monkeypatch.setattr("mft.training.training_run.init_from_data", begin)
     output = cli.done("train", *ASKED, "train.log_every=3", "mask.deletion_penalty=0", "coding=packed")
     assert "scores begin by mask.init=wanda on 5 rows of the training data" in output
     assert begun == [(5, "plain")]

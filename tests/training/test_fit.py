@@ -6,12 +6,12 @@ import pytest
 import torch
 from tiny_gguf import write_tiny_gguf
 
-import mft.training.plan
-import mft.training.run
+import mft.training.memory_plan
+import mft.training.training_run
 from mft.config import DataConfig, MaskConfig, ModelConfig, RunConfig, TrainConfig
 from mft.memory.estimate import estimate
 from mft.memory.shapes import known_config, shape_from_config
-from mft.training.plan import plan_training, workload_of
+from mft.training.memory_plan import plan_training, workload_of
 from mft.training.resume import Begin
 
 
@@ -33,8 +33,10 @@ EXPERTS = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 def with_free(monkeypatch, tmp_path):
     """Return with_free(gigabytes), which sets the free memory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mft.training.plan, "default_device", lambda: torch.device("cpu"))
-    return lambda gigabytes: monkeypatch.setattr(mft.training.plan, "_available_host_bytes", lambda: gigabytes * 1e9)
+    monkeypatch.setattr(mft.training.memory_plan, "default_device", lambda: torch.device("cpu"))
+    return lambda gigabytes: monkeypatch.setattr(
+        mft.training.memory_plan, "_available_host_bytes", lambda: gigabytes * 1e9
+    )
 
 
 @pytest.mark.parametrize(("free", "way"), [(400, "plain"), (33, "resident"), (26.2, "layerwise")])
@@ -78,7 +80,7 @@ def test_the_nearest_setting_fits(with_free):
     changes = str(caught.value).rpartition("the nearest setting that fits: ")[2].split()
     assert changes
     overrides = dict(change.split("=") for change in changes)
-    assert set(overrides) <= set(mft.training.plan._KEYS.values())
+    assert set(overrides) <= set(mft.training.memory_plan._KEYS.values())
     config = config_of(
         memory=overrides.get("memory", "auto"),
         quantization=overrides.get("model.quantization"),
@@ -103,7 +105,7 @@ def test_no_weight_is_loaded_before_the_refusal(with_free, monkeypatch):
     with_free(1)
     monkeypatch.setattr("mft.engines.placed.load_model", lambda *_: pytest.fail("a weight was loaded"))
     with pytest.raises(ValueError, match="nothing fits"):
-        mft.training.run.run_train(Begin(config_of()))
+        mft.training.training_run.run_train(Begin(config_of()))
 
 
 def test_quantized_means_nf4_unless_said_otherwise(with_free):
@@ -123,7 +125,7 @@ def test_frozen_layers_are_remembered_where_there_is_room_and_a_tenth_to_save(wi
     with_free(400)
     assert plan_training(config_of(mask=upper)).remember
     assert not plan_training(config_of()).remember  # four of 32 layers take a thirtieth of the step
-    needed = mft.training.plan.choose(
+    needed = mft.training.memory_plan.choose(
         shape_from_config(known_config("llama2-7b")), workload_of(config_of(mask=upper), torch.device("cpu")), None
     ).estimates["layerwise"]
     with_free((needed.device_peak + 1e9) / 1e9)

@@ -90,7 +90,7 @@ def test_a_run_whose_terminal_closes_saves_and_goes_on(cli, tmp_path):
 )
 def test_the_metrics_of_a_run_that_goes_on_are_those_of_a_straight_one(cli, tmp_path, monkeypatch, way):
     """Flips included: every third step counts from the one that counted before, which is before the checkpoint."""
-    monkeypatch.setattr("mft.training.run.POINTS", 4)
+    monkeypatch.setattr("mft.training.training_run.POINTS", 4)
     few = [*LEARN, "train.steps=10", f"memory={way}", "mask.init=magnitude", "checkpoint_minutes=0"]
     cli.done("train", *few, "output_dir=straight")
     killed_after(cli, 6, "train", *few)
@@ -208,7 +208,7 @@ def test_a_run_killed_while_it_finishes_finishes_again(cli, tmp_path, verb, plac
     assert sorted(os.listdir(tmp_path / "run")) == sorted({name.partition("/")[0] for name in wanted})
 
 
-@pytest.mark.parametrize("begun", [BEFORE_FINISHING, "mft.training.run.train_masks", None])
+@pytest.mark.parametrize("begun", [BEFORE_FINISHING, "mft.training.training_run.train_masks", None])
 def test_what_another_process_finishes_meanwhile_stays(cli, tmp_path, monkeypatch, begun):
     """A run begins, or resumes with or without a checkpoint; another finishes the same run before it gets the lock."""
     if begun is not None:

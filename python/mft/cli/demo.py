@@ -31,8 +31,8 @@ from mft.tracking.console import console, say
 from mft.tracking.curves import PLOT
 from mft.tracking.metrics import METRICS, read_recorder
 from mft.training.resume import Begin
-from mft.training.run import run_train
 from mft.training.run_directory import MODEL, TABLE_JSON, check_run_directory
+from mft.training.training_run import run_train
 
 ABOUT = "It is SmolLM2-135M-Instruct from a file of 4-bit weights, dequantised."
 PLOT_TITLE = "SmolLM2-135M on Python source: a mask on all layers is trained"

@@ -111,7 +111,7 @@ def _undo(request: Request) -> None:
 
 def _write_lora(request: Request) -> None:
     from mft.patching.lora import adapter_size, write_adapter
-    from mft.patching.plan import plan_patch
+    from mft.patching.patch_plan import plan_patch
 
     (masks,) = request.rest
     plan = plan_patch(request.model, masks, load_base=_loader(request, masks), force=request.force)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mft.checks import check_rule
-from mft.engines.in_place import InPlaceStates
+from mft.engines.in_place_engine import InPlaceStates
 from mft.engines.mode import place
 from mft.engines.score_states import score_groups
 from mft.masks.budget import budget_of

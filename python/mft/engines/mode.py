@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mft.config import ModelConfig, TrainConfig
 from mft.engines.distributed import Processes
-from mft.engines.in_place import InPlace, InPlaceStates
+from mft.engines.in_place_engine import InPlace, InPlaceStates
 from mft.engines.layer_calls import LayerCalls
 from mft.engines.layer_engine import LayerEngine
 from mft.engines.layerwise import Layerwise

@@ -25,13 +25,13 @@ from mft.config import IMPORTANCE_METHODS
 from mft.data.batches import MicroBatch, count_labels, take_rows
 from mft.engines.placed import Placed
 from mft.masks.convert import keep_all_weights, masked_modules
-from mft.masks.experts import watch_experts
+from mft.masks.masked_experts import watch_experts
 from mft.models.causal_lm import FEW, evaluating, run_decoder, split_at_head
-from mft.models.experts import expert_projections, flags
 from mft.models.frozen_layers import FrozenPrefix
 from mft.models.linears import Candidate, find_targets
 from mft.models.longrope import inputs_of
 from mft.models.packed_rows import keep_apart
+from mft.models.routed_experts import expert_projections, flags
 from mft.models.token_loss import backward_labelled_loss
 
 SIGNED = ("gradient", "fisher")  # importance may be negative

@@ -25,12 +25,12 @@ from mft.checks import nearest
 from mft.masks.banked_experts import bank_experts, note_shapes
 from mft.masks.banked_linear import BankedLayer, BankedLinear, Choice, OneTask, TaskPerRow
 from mft.masks.convert import as_linear, check_unmasked, check_unwrapped, replace_module, split_attentions
-from mft.masks.experts import share_experts
 from mft.masks.export import read_learned
 from mft.masks.export_format import check_masks_alone, read_description
 from mft.masks.location import masks_directory
-from mft.models.experts import expert_projections
+from mft.masks.masked_experts import share_experts
 from mft.models.linears import find_targets
+from mft.models.routed_experts import expert_projections
 
 
 def load_mask_bank(

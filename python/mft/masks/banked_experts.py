@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mft.masks.banked_linear import BankedLayer, Choice, TaskPerRow
-from mft.masks.experts import MaskedExperts, copies_of_tokens, experts_forward, mask_experts, project, unmasked_product
+from mft.masks.masked_experts import (
+    MaskedExperts,
+    copies_of_tokens,
+    experts_forward,
+    mask_experts,
+    project,
+    unmasked_product,
+)
 from mft_kernels import masked_linear_grouped_packed
 
 

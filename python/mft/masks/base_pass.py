@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mft.masks.in_place.model import masks_in_place
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedLinear
 from mft.models.causal_lm import replace_forwards
-from mft.models.experts import unmasked_product
+from mft.models.routed_experts import unmasked_product
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear
 
 

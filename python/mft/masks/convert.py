@@ -12,18 +12,18 @@ from transformers.pytorch_utils import Conv1D
 
 from mft.config import DATA_INITS, INITS, MaskConfig
 from mft.masks.budget import Budget, load_with_threshold, magnitude_scores, make_budget
-from mft.masks.experts import mask_experts, unmask_experts
 from mft.masks.export_format import PEFT_TYPE
 from mft.masks.gradient_checkpointing import add_checkpointing_hooks, remove_checkpointing_hooks
+from mft.masks.masked_experts import mask_experts, unmask_experts
 from mft.masks.saved_modules import saved_modules, select_saved_modules, train_whole
 from mft.masks.surrogate import make_surrogate
 from mft.masks.targets import select_targets
 from mft.models.attached import attach, attached
 from mft.models.codes.weight import quantized_weights
-from mft.models.experts import expert_projections
 from mft.models.head_input import forget_in_one_piece, read_in_one_piece
 from mft.models.linears import layer_index, layer_stacks
 from mft.models.parallel import check_no_deepspeed, check_unsharded, unwrapped
+from mft.models.routed_experts import expert_projections
 from mft.number_formats import unless_auto
 from mft_kernels import MaskedGroupedLinear, MaskedLayer, MaskedLinear, MaskedMultiheadAttention, fixed_from_float
 from mft_kernels.internal import check_alpha, copy_without, filled, linear_on
@@ -32,9 +32,9 @@ from mft_kernels.internal import check_alpha, copy_without, filled, linear_on
 def mask_model(model: nn.Module, config: MaskConfig) -> nn.Module:
     """Replace the linear layers that config chooses by MaskedLinear, in place. Scores and modules_to_save are trained.
 
-    Experts that share one parameter become a MaskedGroupedLinear inside their module, which stays (experts.py). Weights
-    and biases are shared, not copied, except that GPT-2's Conv1D weights are copied as transposed. Drawn scores depend
-    only on config.seed and the layer's name, so choosing more layers does not change them.
+    Experts that share one parameter become a MaskedGroupedLinear inside their module, which stays (masked_experts.py).
+    Weights and biases are shared, not copied, except that GPT-2's Conv1D weights are copied as transposed. Drawn scores
+    depend only on config.seed and the layer's name, so choosing more layers does not change them.
 
     Args:
         model: any transformers model built of nn.Linear, Conv1D, experts, and layers that compute what nn.Linear

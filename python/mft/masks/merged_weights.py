@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mft.masks.convert import came_from_conv1d, mergeable_modules, original_of
-from mft.masks.experts import MaskedExperts
+from mft.masks.masked_experts import MaskedExperts
 from mft.models.parallel import check_unsharded, unwrapped
 from mft_kernels import MaskedLinear, MaskedMultiheadAttention
 

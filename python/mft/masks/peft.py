@@ -31,9 +31,9 @@ from mft.masks.peft_layers.combination import COMBINATIONS, check_combination
 from mft.masks.surrogate import make_surrogate
 from mft.masks.targets import select_targets
 from mft.models.attached import attach, attached
-from mft.models.codes.linear import holds_codes
-from mft.models.experts import expert_projections
+from mft.models.codes.quantized_linears import holds_codes
 from mft.models.head_input import forget_in_one_piece, read_in_one_piece
+from mft.models.routed_experts import expert_projections
 from mft.number_formats import SCORE_FORMATS, unless_auto
 
 _TRIED = "0.21", "0.22"  # first supported version, first unsupported one

@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from mft.masks.convert import check_unwrapped, masked_modules, split_attentions
-from mft.masks.experts import mask_experts
 from mft.masks.export import keep_base_hash
-from mft.models.codes.experts import QuantizedGroupedLinear, dense_experts, quantize_experts
+from mft.masks.masked_experts import mask_experts
+from mft.models.codes.quantized_experts import QuantizedGroupedLinear, dense_experts, quantize_experts
 from mft.models.codes.weight import QuantizedWeight, quantized_weights
 from mft.models.head_input import read_in_one_piece
 from mft.models.linears import find_candidates, layer_stacks, linear_named, weight_name

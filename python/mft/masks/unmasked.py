@@ -6,11 +6,11 @@ from typing import Any
 from torch import nn
 
 from mft.masks.convert import masked_modules
-from mft.masks.experts import MaskedExperts, share_experts, unmask_experts
 from mft.masks.gradient_checkpointing import remove_checkpointing_hooks
 from mft.masks.in_place.others_memory import lend_weights
+from mft.masks.masked_experts import MaskedExperts, share_experts, unmask_experts
 from mft.masks.quantize import QuantizedLinear, QuantizedMaskedGroupedLinear, QuantizedMaskedLinear
-from mft.models.codes.experts import QuantizedGroupedLinear
+from mft.models.codes.quantized_experts import QuantizedGroupedLinear
 from mft.models.parallel import check_unsharded, unwrapped
 from mft_kernels import MaskedLinear
 from mft_kernels.internal import linear_on

@@ -1,8 +1,8 @@
 """Bytes of activations that routing tokens through experts holds on the device; pure Python.
 
-The experts run by transformers' grouped_mm, or by MaskedExperts of masks/experts.py. Rows are gathered for each token
-and its experts, sorted by expert, multiplied, weighted and put back. Saved for the backward pass (elements per row;
-there are top_k rows per token; D hidden, F intermediate of one expert):
+The experts run by transformers' grouped_mm, or by MaskedExperts (masks/masked_experts.py). Rows are gathered for each
+token and its experts, sorted by expert, multiplied, weighted and put back. Saved for the backward pass (elements per
+row; there are top_k rows per token; D hidden, F intermediate of one expert):
 
     gather      D if gate_up_proj is masked (a frozen product saves no input)
     gate        gate_up's 2 F, silu(gate) F; 6 F if both are clamped

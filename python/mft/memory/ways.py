@@ -1,7 +1,7 @@
 """The memory modes ("ways") of a training step, one class each: the base it needs, the bytes it holds and moves.
 
-A mode's step has phases. The classes list the tensors of plain.py, in_place.py, layer_engine.py, layerwise.py and
-sharded.py in engines/. Pure Python.
+A mode's step has phases. The classes list the tensors of plain.py, in_place_engine.py, layer_engine.py, layerwise.py
+and sharded/ in engines/. Pure Python.
 """
 
 from dataclasses import replace

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mft.checks import nearest
-from mft.models.codes.linear import holds_codes, why_no_codes
+from mft.models.codes.quantized_linears import holds_codes, why_no_codes
 from mft.models.codes.weight import QuantizedWeight
-from mft.models.experts import expert_projections
+from mft.models.routed_experts import expert_projections
 from mft.models.weight_readers import why_read
 from mft_kernels import MaskedLayer
 from mft_kernels.internal import (
@@ -46,7 +46,7 @@ class Candidate:
     obstacle: str | None = None  # why it cannot be masked
     is_parameter: bool = False  # a parameter of module, such as all experts in one, not a module of its own
     is_head: bool = False
-    holds_codes: bool = False  # codes are its only obstacle: see codes/linear.py
+    holds_codes: bool = False  # codes are its only obstacle: see codes/quantized_linears.py
 
     @property
     def suffix(self) -> str:

@@ -11,7 +11,7 @@ from gguf.constants import GGMLQuantizationType, GGUFType
 from mft.files.atomic import atomic_file
 from mft.files.gguf_file import GgufTensor
 from mft.patching.locks import check_new, lock_for_reading
-from mft.patching.plan import LoadBase, Plan, plan_patch, tensor_values
+from mft.patching.patch_plan import LoadBase, Plan, plan_patch, tensor_values
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from gguf.constants import GGMLQuantizationType
 from mft.files.atomic import atomic_file, naming, sweep, write_whole
 from mft.patching.codes import CODES, code_of
 from mft.patching.locks import check_new, claim, lock_for_changing, lock_for_reading
-from mft.patching.plan import LoadBase, Plan, plan_patch
+from mft.patching.patch_plan import LoadBase, Plan, plan_patch
 from mft.patching.rewrite import Rewrite
 from mft.patching.undo_file import read_undo, undo_path
 

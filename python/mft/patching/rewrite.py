@@ -10,7 +10,7 @@ from gguf.constants import GGMLQuantizationType
 
 from mft.files.gguf_file import GgufHeader, GgufTensor
 from mft.patching.codes import CODES, Code, code_of
-from mft.patching.plan import Plan, decode_tensor
+from mft.patching.patch_plan import Plan, decode_tensor
 from mft.patching.threads import Digest
 from mft.patching.undo_file import Facts, Undo
 

@@ -25,8 +25,8 @@ from mft_study.report.pictures.figures import draw_overlap, draw_surface
 from mft_study.report.pictures.forgetting import plot_forgetting
 from mft_study.report.pictures.plots import plot_summary
 from mft_study.report.write import console_report, write_study_report
-from mft_study.run import LOCAL, ON, run_study
 from mft_study.store import FORGETTING, STUDY, copy_fine_tunes, fine_tunes_in
+from mft_study.study_run import LOCAL, ON, run_study
 
 PLOTS = ("summary", "bytes", "forgetting", "surface", "overlap", "flips")
 _LARGEST_TABLE = 1 << 28  # bytes

@@ -16,9 +16,9 @@ from mft_study.arms.weights import clone_with_weights, load_weights
 from mft_study.bases import Bases
 from mft_study.load import load_study
 from mft_study.outcome import Unit
-from mft_study.plan import chosen_settings, starts_of
 from mft_study.report.table import reference_of
 from mft_study.store import STUDY, Store, open_store
+from mft_study.study_plan import chosen_settings, starts_of
 from mft_study.units.job import Job
 from mft_study.workspace import Workspace
 

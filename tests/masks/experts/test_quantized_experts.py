@@ -15,9 +15,9 @@ from mft.masks.base_pass import use_whole_weights
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.quantize import QuantizedMaskedGroupedLinear, _quantize_masked, quantize_model
 from mft.masks.unmasked import unmasked_model
-from mft.models.codes.experts import QuantizedGroupedLinear, dense_experts
+from mft.models.codes.quantized_experts import QuantizedGroupedLinear, dense_experts
 from mft.models.codes.weight import quantized_weights
-from mft.models.experts import unmasked_product
+from mft.models.routed_experts import unmasked_product
 from mft_kernels import MaskedGroupedLinear
 
 OFFSETS = torch.tensor([3, 3, 7], dtype=torch.int32)  # the second of three experts has no rows

@@ -13,8 +13,8 @@ from mft.config import MaskConfig, TrainConfig
 from mft_study.arms.arm import Ground
 from mft_study.arms.kinds import make_arm
 from mft_study.load import load_study, study_values
-from mft_study.plan import units_declared
 from mft_study.report.write import write_study_report
+from mft_study.study_plan import units_declared
 
 MASK = MaskConfig.paper(layers_to_transform=[2, 3])
 SHIRA = {"peft_type": "SHIRA", "r": 2}

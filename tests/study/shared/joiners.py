@@ -27,11 +27,11 @@ from tiny_study import FULL, equal, make_study, write_ground
 
 from mft_study.load import load_study
 from mft_study.report.write import write_study_report
-from mft_study.run import run_study
 from mft_study.shared import claims as claims_module
 from mft_study.shared import leases as leases_module
 from mft_study.shared.leases import Pace
 from mft_study.store import Store
+from mft_study.study_run import run_study
 
 ARMS = FULL + "  control: {kind: control, lrs: [1e-2]}\n  MFT: {kind: mask, lrs: [1e-2, 3e-2]}\n"
 PACE = Pace(beat=0.2, expiry=2.0, look=0.2)
@@ -51,7 +51,11 @@ LAST = [stage for stage, (owner, *_) in STAGES.items() if owner is Store]  # onl
 RANDOM = "at a random moment"
 AT_THE_END = 3  # kills of a study at each stage of LAST
 _TOLD, _STUDY = "told.txt", "joined.yaml"
-_PRELOADED = ["mft_study.run", "mft_study.report.write", "transformers.models.llama.modeling_llama"]  # slow imports
+_PRELOADED = [
+    "mft_study.study_run",
+    "mft_study.report.write",
+    "transformers.models.llama.modeling_llama",
+]  # slow imports
 
 
 def join(

@@ -20,9 +20,9 @@ from mft_study.arms.setting import Setting
 from mft_study.evidence.host import this_host
 from mft_study.outcome import Outcome, Unit, outcome_from, outcome_values
 from mft_study.report.remarks import _places
-from mft_study.run import run_study
 from mft_study.shared.leases import FOLDER, Leases, Pace, _process
 from mft_study.store import ALIKE, Store, open_store
+from mft_study.study_run import run_study
 
 PACE = Pace(beat=0.1, expiry=1.0, look=0.1)
 

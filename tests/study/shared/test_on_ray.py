@@ -10,8 +10,8 @@ from joiners import facts, results_in, until
 from rich.console import Console
 from tiny_study import FEW, equal, make_study, new_ground
 
-from mft_study.run import run_study
 from mft_study.shared import on_ray as module
+from mft_study.study_run import run_study
 
 ray = pytest.importorskip("ray", reason="needs ray, which make dev does not install")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # Ray's own warnings

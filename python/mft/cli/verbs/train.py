@@ -37,8 +37,8 @@ def train(
     """Fine-tune masks over frozen weights, and write them to output_dir/masks."""
     start = _start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force)
     from mft.cli.masks import check_merged, run_merge
-    from mft.training.run import run_train
     from mft.training.run_directory import next_steps
+    from mft.training.training_run import run_train
 
     if merge is not None:
         check_merged("--merge", merge)  # before it trains for hours
@@ -62,7 +62,7 @@ def finetune(
 ) -> None:
     """Fine-tune all weights, and write an ordinary model to output_dir/model."""
     start = _start(config, overrides, sets, overwrite=overwrite, resume=resume, force=force, of_weights=True)
-    from mft.training.run import run_finetune
+    from mft.training.training_run import run_finetune
 
     run_finetune(start)
 

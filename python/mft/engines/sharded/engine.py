@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mft.checks import check_rule
 from mft.config import TrainConfig
 from mft.data.batches import MicroBatch
-from mft.engines.in_place import InPlace, InPlaceMask, WeightStates
+from mft.engines.in_place_engine import InPlace, InPlaceMask, WeightStates
 from mft.engines.offload import Mover
 from mft.engines.own_forward import OwnForward
 from mft.engines.placed import Placed

@@ -23,8 +23,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from mft.engines.distributed import Processes
 from mft.masks.convert import came_from_conv1d, masked_modules, replace_module
-from mft.masks.experts import unmask_experts
 from mft.masks.in_place.layer import check_layer
+from mft.masks.masked_experts import unmask_experts
 from mft.models.causal_lm import Run, decoder_layers, decoder_of, head_of, run_decoder, split_at_head
 from mft.models.codes.weight import quantized_weights
 from mft.models.weight_files import WeightFiles, weight_files

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mft.masks.convert import replace_module
-from mft.masks.experts import Layout, layout, restore_layout, unmask_experts
+from mft.masks.masked_experts import Layout, layout, restore_layout, unmask_experts
 from mft_kernels import MaskedLayer, MaskedLinear
 from mft_kernels.internal import MaskedInPlace, linear_on, why_lost
 

@@ -11,7 +11,7 @@ from mft.masks.banked_linear import TaskPerRow
 from mft.masks.convert import masked_layer
 from mft.masks.peft_layers.layer import MaskLinear
 from mft.masks.quantize import can_skip_dense, masked_product, quantized_product
-from mft.models.codes.linear import codes_of, set_codes
+from mft.models.codes.quantized_linears import codes_of, set_codes
 from mft.models.codes.weight import QuantizedWeight
 from mft_kernels import masked_linear_by_ratio
 from mft_kernels.internal import current_mask, linear_on

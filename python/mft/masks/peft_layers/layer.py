@@ -16,9 +16,9 @@ from mft.masks.banked_experts import grouped_product, mixed_experts
 from mft.masks.banked_linear import TaskPerRow
 from mft.masks.budget import SharedThreshold
 from mft.masks.convert import masked_grouped_layer, masked_layer
-from mft.masks.experts import experts_forward, project
+from mft.masks.masked_experts import experts_forward, project
 from mft.masks.surrogate import hook_scores, surrogate_of
-from mft.models.experts import expert_projections
+from mft.models.routed_experts import expert_projections
 from mft_kernels import masked_linear_by_ratio, masked_linear_grouped_by_ratio, unpack_mask
 from mft_kernels.internal import NonFiniteScores, current_mask, watch
 

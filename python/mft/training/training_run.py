@@ -50,8 +50,8 @@ from mft.training.flips import PHASE, POINTS, FirstMasks, FlipCounter
 from mft.training.inputs import read_data, read_model
 from mft.training.loop import train_loop, train_masks
 from mft.training.make_objective import facts_of, make_objective
+from mft.training.memory_plan import Plan, plan_training, replan
 from mft.training.outputs import VALIDATION, Outputs, evaluation_batch
-from mft.training.plan import Plan, plan_training, replan
 from mft.training.resume import Begin, Run, Start, open_start, resume_if_restarted
 from mft.training.run_checkpoints import RunCheckpoints
 from mft.training.run_directory import MODEL, open_run

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mft.models.experts import (
+from mft.models.routed_experts import (
     ExpertProjection,
     RoutedRows,
     class_name,

@@ -11,10 +11,10 @@ from tiny_mixtures import IDS, KINDS, logits, mixture
 from mft.config import MaskConfig
 from mft.masks.base_pass import use_whole_weights
 from mft.masks.convert import mask_model, masked_modules, merge_model
-from mft.masks.experts import MaskedExperts
 from mft.masks.export import base_hash, load_masks, save_masks
+from mft.masks.masked_experts import MaskedExperts
 from mft.masks.unmasked import unmasked_model
-from mft.models.experts import expert_projections
+from mft.models.routed_experts import expert_projections
 from mft_kernels import MaskedGroupedLinear
 
 

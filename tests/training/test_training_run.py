@@ -11,7 +11,7 @@ from tiny import equal
 from tiny_run import LEARN, events_of, killed_after
 
 import mft
-import mft.training.run
+import mft.training.training_run
 
 
 @pytest.fixture
@@ -34,14 +34,14 @@ def test_a_run_from_python_is_that_of_the_command_line(cli, config, tmp_path):
 
 
 def test_formats_that_are_chosen_are_those_of_the_run(config, monkeypatch):
-    planned = mft.training.run._plan_config
+    planned = mft.training.training_run._plan_config
 
     def plan(config, processes):
         mask, train = copy.deepcopy((config.mask, config.train))
         mask.scores_dtype, train.moments = "int16", "8bit"
         return planned(dataclasses.replace(config, memory="resident", mask=mask, train=train), processes)
 
-    monkeypatch.setattr(mft.training.run, "_plan_config", plan)
+    monkeypatch.setattr(mft.training.training_run, "_plan_config", plan)
     mft.run_train(config)
     saved = mft.load_config("run/config.yaml")
     assert (saved.mask.scores_dtype, saved.train.moments) == ("int16", "8bit")

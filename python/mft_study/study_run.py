@@ -19,7 +19,12 @@ from mft_study.config import REWARDS, StudyConfig
 from mft_study.evidence.power import power_lines, shortage_lines
 from mft_study.evidence.sums import document_hashes
 from mft_study.outcome import Findings, Outcome, Tested, Unit
-from mft_study.plan import (
+from mft_study.progress import Shown, shown_progress
+from mft_study.shared.alike import check_alike, check_processor
+from mft_study.shared.leases import Pace
+from mft_study.shared.on_ray import check_ray, start_on_ray
+from mft_study.store import Store, check_place, claim_of_base, open_store
+from mft_study.study_plan import (
     chosen_settings,
     chosen_units,
     notes,
@@ -35,11 +40,6 @@ from mft_study.plan import (
     work_left,
     work_of,
 )
-from mft_study.progress import Shown, shown_progress
-from mft_study.shared.alike import check_alike, check_processor
-from mft_study.shared.leases import Pace
-from mft_study.shared.on_ray import check_ray, start_on_ray
-from mft_study.store import Store, check_place, claim_of_base, open_store
 from mft_study.units.job import Job
 from mft_study.workers import JobFailed, Result, Workers, job_words, start_workers
 from mft_study.workspace import Workspace

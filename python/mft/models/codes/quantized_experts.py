@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from mft.models.codes.weight import QuantizedWeight
-from mft.models.experts import bias_of_rows, unmasked_product
+from mft.models.routed_experts import bias_of_rows, unmasked_product
 
 
 class QuantizedGroupedLinear(nn.Module):
