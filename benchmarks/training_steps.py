@@ -2,7 +2,7 @@
 
 full fine-tune     all weights, bf16 with fp32 masters, AdamW
 LoRA               peft, rank 16, on every linear of the decoder; bf16 adapters with fp32 masters
-the paper's MFT    see memory/rivals.py, also for the careful form in eager PyTorch
+the paper's MFT    see memory/rival_loops.py, also for the careful form in eager PyTorch
 ours, <way>        masks on every linear of the decoder, in each way of running (docs/how-to/memory.md); all but plain
                    store int16 scores and 8-bit moments
 """
@@ -23,7 +23,7 @@ from mft.memory.shapes import known_config
 from mft.memory.workload import Workload
 from mft.models.causal_lm import FEW
 
-from .memory.rivals import RIVALS, RivalLoop
+from .memory.rival_loops import RIVALS, RivalLoop
 from .rivals import LORA, LORA_RANK
 
 FULL, PAPER, EAGER = "full fine-tune", "the paper's MFT", "eager PyTorch"

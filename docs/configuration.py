@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 
 from mft.cli.keys import Section, run_schema, sections
-from mft.tracking.markdown import markdown_table
+from mft.tracking.markdown_table import markdown_table
 from mft_study.load import study_schema
 
 PAGE = Path(__file__).parent / "reference" / "configuration.md"

@@ -18,7 +18,7 @@ from mft.memory.workload import Workload
 from ..bench_train_step import ACCUMULATION, started
 from ..harness import RESULTS, ROOT, THREADS, Finding, Spread, environment, report
 from ..training_steps import EAGER, OURS, PAPER, workload_of
-from .rivals import RIVALS, simulate_rival
+from .rival_loops import RIVALS, simulate_rival
 
 MODEL = "llama2-7b"
 LAYERS, TOKENS = 2, 512  # of the question blocks

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .engines.in_place_adamw import InPlaceAdamW, in_place, leave_in_place
     from .evaluation.evaluate import evaluate
     from .files.mask_coding import coded_size
+    from .importance.initial_scores import init_from_data, mask_from_data
     from .importance.peft_init import init_adapter_from_data
-    from .importance.scores import init_from_data, mask_from_data
     from .masks.bank import MaskBank, load_mask_bank
     from .masks.budget import grow_budget
     from .masks.convert import (
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from .patching.patch import patch_gguf, patch_gguf_in_place, undo_gguf_patch, undo_gguf_patch_in_place
     from .publishing.push import push_to_hub
     from .rewards.config import RewardsConfig
-    from .rewards.teacher import OnPolicyTeacher
-    from .rewards.train import RewardReport, train_rewards
+    from .rewards.on_policy_teacher import OnPolicyTeacher
+    from .rewards.train_rewards import RewardReport, train_rewards
     from .training.checkpoint import newest_checkpoint
     from .training.loop import finetune, train_masks
     from .training.model_teacher import ModelTeacher
@@ -61,7 +61,7 @@ _HOMES = {
     "engines.in_place_adamw": ("InPlaceAdamW", "in_place", "leave_in_place"),
     "evaluation.evaluate": ("evaluate",),
     "importance.peft_init": ("init_adapter_from_data",),
-    "importance.scores": ("init_from_data", "mask_from_data"),
+    "importance.initial_scores": ("init_from_data", "mask_from_data"),
     "masks.bank": ("MaskBank", "load_mask_bank"),
     "masks.budget": ("grow_budget",),
     "masks.convert": (
@@ -87,8 +87,8 @@ _HOMES = {
     "patching.patch": ("patch_gguf", "patch_gguf_in_place", "undo_gguf_patch", "undo_gguf_patch_in_place"),
     "publishing.push": ("push_to_hub",),
     "rewards.config": ("RewardsConfig",),
-    "rewards.teacher": ("OnPolicyTeacher",),
-    "rewards.train": ("RewardReport", "train_rewards"),
+    "rewards.on_policy_teacher": ("OnPolicyTeacher",),
+    "rewards.train_rewards": ("RewardReport", "train_rewards"),
     "training.checkpoint": ("newest_checkpoint",),
     "training.loop": ("finetune", "train_masks"),
     "training.resume": ("Begin", "Resume"),

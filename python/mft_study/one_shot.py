@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mft.checks import check_rule
 from mft.config import MaskConfig
 from mft.importance.importance import importance
-from mft.importance.scores import dense_ranks, storage_layout
+from mft.importance.initial_scores import dense_ranks, storage_layout
 from mft.masks.convert import check_unmasked, mask_model, masked_modules
 from mft.masks.targets import select_targets
 

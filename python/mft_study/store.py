@@ -35,7 +35,7 @@ from mft_study.arms.full import Full
 from mft_study.arms.means import Average
 from mft_study.arms.setting import CHOICES, Setting
 from mft_study.config import CROSS_ENTROPY, StudyConfig
-from mft_study.evidence.reserve import open_reserve, opened_by
+from mft_study.evidence.reserve_ledger import open_reserve, opened_by
 from mft_study.evidence.sums import FILE as SUMS
 from mft_study.load import study_values
 from mft_study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values

@@ -13,13 +13,12 @@ from mft.data.formats import PREFERENCE
 from mft.data.sources import SPLITS, form_of, open_source
 from mft.evaluation.evaluated_base import check_exact
 from mft.rewards.questions import questions_of
-from mft.rewards.train import check_installed
+from mft.rewards.train_rewards import check_installed
 from mft_study.bases import Bases
 from mft_study.config import REWARDS, StudyConfig
 from mft_study.evidence.power import power_lines, shortage_lines
 from mft_study.evidence.sums import document_hashes
 from mft_study.outcome import Findings, Outcome, Tested, Unit
-from mft_study.progress import Shown, shown_progress
 from mft_study.shared.alike import check_alike, check_processor
 from mft_study.shared.leases import Pace
 from mft_study.shared.on_ray import check_ray, start_on_ray
@@ -40,6 +39,7 @@ from mft_study.study_plan import (
     work_left,
     work_of,
 )
+from mft_study.study_progress import Shown, shown_progress
 from mft_study.units.job import Job
 from mft_study.workers import JobFailed, Result, Workers, job_words, start_workers
 from mft_study.workspace import Workspace

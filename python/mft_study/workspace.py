@@ -27,7 +27,7 @@ from mft_study.arms.setting import Setting
 from mft_study.arms.weights import clone_with_weights, load_weights
 from mft_study.bases import Bases
 from mft_study.config import VARY_DATA, StudyConfig
-from mft_study.teacher import RememberedTeacher
+from mft_study.remembered_teacher import RememberedTeacher
 
 ROWS = 8  # evaluated together
 _Begun = tuple[str, tuple[Path, ...], int]  # domain, weights that lead from the base model, and the base model's seed

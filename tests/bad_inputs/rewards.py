@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from mft.cli.app import app
 from mft.evaluation.verifiers import VERIFIERS
-from mft.memory.rewards import rewards_memory
+from mft.memory.rewards_memory import rewards_memory
 from mft.memory.shapes import known_config, shape_from_config
 from mft.rewards.config import RewardsConfig
-from mft.rewards.teacher import OnPolicyTeacher
-from mft.rewards.train import train_rewards
+from mft.rewards.on_policy_teacher import OnPolicyTeacher
+from mft.rewards.train_rewards import train_rewards
 from mft_study.load import SHIPPED, load_study
 
 

@@ -10,7 +10,7 @@ from mft.masks.convert import mask_model
 from mft.masks.export import save_masks
 from mft.vllm import serve, versions
 from mft.vllm.empty_loras import Adapters
-from mft.vllm.flips import Flips, read_flips
+from mft.vllm.mask_flips import Flips, read_flips
 from mft.vllm.remote import change_server
 from mft.vllm.slices import Slices
 from mft.vllm.slots import Slots

@@ -6,7 +6,7 @@ import json
 import pytest
 from tiny_run import refused, succeed
 
-from mft.memory.rewards import rewards_memory, rewards_peak
+from mft.memory.rewards_memory import rewards_memory, rewards_peak
 from mft.memory.shapes import known_config, shape_from_config
 
 done, fails = functools.partial(succeed, "estimate"), functools.partial(refused, "estimate")

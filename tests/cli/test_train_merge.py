@@ -11,8 +11,8 @@ from tiny import equal
 from tiny_run import LEARN, merged
 
 from mft.publishing.card import model_card
+from mft.publishing.content_kinds import read_contents
 from mft.publishing.facts import MERGED
-from mft.publishing.kinds import read_contents
 
 
 def test_the_merged_model_is_that_of_mft_merge(cli, tmp_path):

@@ -14,8 +14,8 @@ import mft.importance.importance
 from mft.config import MaskConfig
 from mft.engines.offload import Mover
 from mft.importance.importance import importance
+from mft.importance.initial_scores import drawn, init_from_data, initialise_scores, mask_from_data
 from mft.importance.peft_init import init_adapter_from_data
-from mft.importance.scores import drawn, init_from_data, initialise_scores, mask_from_data
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.peft import MaskPeftConfig, to_masked_model
 from mft.masks.quantize import quantize_model

@@ -190,7 +190,7 @@ from pathlib import Path
 from mft.cli.masks import run_inspect
 from mft.cli.verify import run_verify
 from mft.masks.export_format import read_export
-from mft.publishing.kinds import read_contents
+from mft.publishing.content_kinds import read_contents
 """
 READ = """
 path = Path({!r})

@@ -11,11 +11,11 @@ from tiny import make_llama
 
 import mft.vllm
 from mft.masks.convert import masked_modules
-from mft.vllm.failures import marked, sentence_of, unmarked
-from mft.vllm.flips import read_flips
+from mft.vllm.mask_flips import read_flips
 from mft.vllm.remote import change_server
 from mft.vllm.slices import Slices
 from mft.vllm.task_masks import Tasks
+from mft.vllm.worker_errors import marked, sentence_of, unmarked
 
 CAUSE = "please check the stack trace above for the root cause"
 WRAPPED = f"Call to collective_rpc method failed: Worker failed with error '{{}}', {CAUSE}"

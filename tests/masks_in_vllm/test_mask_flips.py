@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mft.vllm.flips import Flips, dropped_places, flipped_places, flips_between, read_flips
+from mft.vllm.mask_flips import Flips, dropped_places, flipped_places, flips_between, read_flips
 from mft_kernels import pack_mask
 
 

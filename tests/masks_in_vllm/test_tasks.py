@@ -13,7 +13,7 @@ from mft.files.weights_hash import dtype_name
 from mft.masks.convert import masked_modules
 from mft.masks.export import base_hash
 from mft.vllm import dropped as dropped_module
-from mft.vllm.flips import Flips, flips_between
+from mft.vllm.mask_flips import Flips, flips_between
 from mft.vllm.slices import Slices
 from mft.vllm.task_masks import Tasks
 

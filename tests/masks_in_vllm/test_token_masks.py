@@ -14,7 +14,7 @@ from mft.config import MaskConfig
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.export import save_masks
 from mft.vllm.empty_loras import Adapters
-from mft.vllm.flips import dropped_places, mask_without
+from mft.vllm.mask_flips import dropped_places, mask_without
 from mft.vllm.slices import Slices
 from mft.vllm.slots import Slots
 from mft.vllm.task_masks import Tasks

@@ -11,7 +11,7 @@ import mft.vllm
 from mft.config import MaskConfig
 from mft.masks.convert import mask_model
 from mft.masks.merged_weights import merged_weights
-from mft.vllm.flips import read_flips
+from mft.vllm.mask_flips import read_flips
 from mft.vllm.slices import Slices
 from mft.vllm.task_masks import Tasks
 

@@ -5,7 +5,7 @@ import torch
 from known_shapes import SMALL
 
 from benchmarks.memory.tracker import MemoryTracker
-from mft.memory.rewards import rewards_memory, rewards_peak
+from mft.memory.rewards_memory import rewards_memory, rewards_peak
 from mft.memory.shapes import known_config, shape_from_config
 
 CONFIG = SMALL | {"num_key_value_heads": 4, "tie_word_embeddings": True, "hidden_size": 256, "intermediate_size": 1024}

@@ -35,7 +35,7 @@ from mft.rewards.shared_prompts import states_before_answers
 from mft.serving.batch.running_batch import RunningBatch
 from mft.training.loop import train_masks
 from mft.training.model_teacher import ModelTeacher
-from mft_study.teacher import RememberedTeacher
+from mft_study.remembered_teacher import RememberedTeacher
 
 SWITCH, LENGTH = 16, 40
 ROPE = {

@@ -14,7 +14,7 @@ from mft.config import MaskConfig
 from mft.masks.convert import mask_model
 from mft.masks.export import recode_masks, save_masks
 from mft.patching import patch as patching
-from mft.patching.codes import CODES
+from mft.patching.block_codes import CODES
 from mft.patching.patch import patch_gguf, patch_gguf_in_place, undo_gguf_patch, undo_gguf_patch_in_place
 from mft.patching.undo_file import undo_path
 

@@ -14,7 +14,7 @@ from mft.masks.convert import merge_model
 from mft.masks.export import save_masks
 from mft.models import pretrained
 from mft.publishing.card import is_made, license_of, model_card
-from mft.publishing.kinds import AdapterContents, ModelContents, read_contents
+from mft.publishing.content_kinds import AdapterContents, ModelContents, read_contents
 from mft.publishing.push import push_to_hub
 
 NAME = "user/masks"

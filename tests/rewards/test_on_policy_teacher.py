@@ -10,14 +10,14 @@ from tiny import equal
 from mft.config import TrainConfig
 from mft.evaluation.exact_match import exact_matches
 from mft.rewards.config import DIVERGENCES
+from mft.rewards.on_policy_teacher import OnPolicyTeacher
 from mft.rewards.questions import Question
-from mft.rewards.teacher import OnPolicyTeacher
 from mft.training.loop import finetune
 
 pytest.importorskip("trl")
 
 from mft.rewards import trainer
-from mft.rewards.train import train_rewards
+from mft.rewards.train_rewards import train_rewards
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
 

@@ -18,9 +18,9 @@ from mft_study.peft_methods import add_adapter, lora_options
 
 pytest.importorskip("trl")
 
-from mft.rewards import train as train_module
+from mft.rewards import train_rewards as train_module
 from mft.rewards import trainer
-from mft.rewards.train import train_rewards
+from mft.rewards.train_rewards import train_rewards
 
 # PEFT calls transformers by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")

@@ -11,7 +11,7 @@ from mft.config import MaskConfig, ModelConfig
 from mft.engines.distributed import Processes
 from mft.engines.mode import place
 from mft.engines.sharded.score_rows import ScoreRows
-from mft.importance.scores import drawn, init_from_data
+from mft.importance.initial_scores import drawn, init_from_data
 from mft.masks.convert import keep_all_weights, mask_model, masked_modules
 from mft.masks.export import base_hash
 from mft.models.causal_lm import split_at_head

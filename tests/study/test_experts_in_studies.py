@@ -8,7 +8,7 @@ from tiny_architectures import MIXTURES
 
 from mft.config import IMPORTANCE_METHODS, MaskConfig, TrainConfig
 from mft.importance.importance import importance
-from mft.importance.scores import initialise_scores
+from mft.importance.initial_scores import initialise_scores
 from mft.masks.convert import mask_model, masked_modules
 from mft.models.causal_lm import clone_with_own_weights
 from mft.models.routed_experts import expert_projections

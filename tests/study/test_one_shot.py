@@ -6,7 +6,7 @@ from tiny import make_gpt2, make_llama, make_rows, masked_llama, padded_rows
 
 from mft.config import IMPORTANCE_METHODS, MaskConfig
 from mft.importance.importance import importance
-from mft.importance.scores import initialise_scores
+from mft.importance.initial_scores import initialise_scores
 from mft.masks.convert import masked_modules
 from mft_study.one_shot import one_shot_mask
 

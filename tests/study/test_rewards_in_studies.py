@@ -16,7 +16,7 @@ from mft_study.arms.setting import Setting
 from mft_study.bases import Bases
 from mft_study.load import load_study, study_values
 from mft_study.outcome import Measured, Outcome, Unit
-from mft_study.report.rewards import rewards_remark
+from mft_study.report.reward_curves import rewards_remark
 from mft_study.report.write import console_report, write_study_report
 from mft_study.store import Store
 from mft_study.study_plan import chosen_settings

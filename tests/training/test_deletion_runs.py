@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import LEARN, assert_same_masks, events_of, killed_after
 
-from mft.importance.scores import init_from_data
+from mft.importance.initial_scores import init_from_data
 from mft.masks.export_format import read_whole_export
 
 FREE = ["mask.mode=value", "mask.threshold=0", "mask.init=wanda", "mask.calibration_rows=5"]

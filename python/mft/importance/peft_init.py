@@ -9,7 +9,7 @@ from mft.checks import check_one_of
 from mft.config import DATA_INITS, MaskConfig
 from mft.engines.mode import place
 from mft.importance.importance import input_norms, linear_modules, matrix_of
-from mft.importance.scores import storage_layout, wanda_scores
+from mft.importance.initial_scores import storage_layout, wanda_scores
 from mft.masks.peft_layers.layer import MaskExperts, MaskTunerLayer
 
 

@@ -46,8 +46,8 @@ try:
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import AuxiliaryTrainingWrapper, PeftType, register_peft_method
 
-    from mft.masks.peft_layers.codes import MaskCodes
     from mft.masks.peft_layers.layer import TRL_REFERENCE, MaskExperts, MaskLinear, MaskTunerLayer
+    from mft.masks.peft_layers.quantized_layer import MaskCodes
 except ImportError as error:
     raise ImportError(f"mft.masks.peft needs peft >= {_TRIED[0]}: {_REMEDY}. {error}") from error
 

@@ -8,7 +8,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from mft.files.atomic import atomic_file, naming, sweep, write_whole
-from mft.patching.codes import CODES, code_of
+from mft.patching.block_codes import CODES, code_of
 from mft.patching.locks import check_new, claim, lock_for_changing, lock_for_reading
 from mft.patching.patch_plan import LoadBase, Plan, plan_patch
 from mft.patching.rewrite import Rewrite

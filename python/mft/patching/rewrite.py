@@ -9,7 +9,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from mft.files.gguf_file import GgufHeader, GgufTensor
-from mft.patching.codes import CODES, Code, code_of
+from mft.patching.block_codes import CODES, Code, code_of
 from mft.patching.patch_plan import Plan, decode_tensor
 from mft.patching.threads import Digest
 from mft.patching.undo_file import Facts, Undo

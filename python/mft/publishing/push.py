@@ -16,8 +16,8 @@ from mft.config import CODINGS
 from mft.files.hub import COMMIT, HubError, hub_is_reachable, split_hub_id, translate_hub_errors, unreachable
 from mft.files.json_file import short
 from mft.publishing.card import is_made, license_of, model_card, read_card
+from mft.publishing.content_kinds import read_contents
 from mft.publishing.contents import README, Contents
-from mft.publishing.kinds import read_contents
 from mft.publishing.markdown import hub_base
 
 

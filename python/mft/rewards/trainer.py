@@ -1,6 +1,7 @@
 """A subclass of TRL's GRPOTrainer with our rows, our generation, our optimiser and our log-probabilities.
 
-Advantages, loss, ratio clipping, the order of questions and the loop are TRL's. This module imports trl; see train.py.
+Advantages, loss, ratio clipping, the order of questions and the loop are TRL's. This module imports trl: see
+train_rewards.py.
 """
 
 import contextlib
@@ -27,9 +28,9 @@ from mft.models.longrope import by_own_length
 from mft.models.packed_rows import positions_of
 from mft.rewards.config import RewardsConfig
 from mft.rewards.log_probs import token_divergences, token_log_probs
+from mft.rewards.on_policy_teacher import Teaching
 from mft.rewards.questions import Question, rewards_of, share_that_differs
 from mft.rewards.shared_prompts import states_before_answers
-from mft.rewards.teacher import Teaching
 
 _SPECIAL = ("eos_token_id", "bos_token_id", "pad_token_id")
 

@@ -17,7 +17,7 @@ from mft.files.atomic import write_whole
 from mft.files.json_file import finite
 from mft.tracking.console import console, say
 from mft.tracking.curves import PLOT
-from mft.tracking.markdown import markdown_table
+from mft.tracking.markdown_table import markdown_table
 from mft.tracking.metrics import EVALUATION_BATCH, Recorder, Steps
 from mft.tracking.progress import Progress
 from mft.tracking.trackers import Trackers

@@ -31,7 +31,7 @@ from mft.evaluation.evaluate import Evaluation
 from mft.evaluation.evaluated_base import check_exact
 from mft.evaluation.mask_cost import mask_cost_warning
 from mft.files.atomic import NotWritten
-from mft.importance.scores import drawn, init_from_data
+from mft.importance.initial_scores import drawn, init_from_data
 from mft.masks.budget import grow_budget
 from mft.masks.convert import keep_all_weights, mask_model, print_trainable_parameters
 from mft.masks.export import base_hash, save_masks

@@ -6,9 +6,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from mft.vllm.empty_loras import EAGER, Adapters
-from mft.vllm.failures import call_while_alive, unmarked
 from mft.vllm.remote import change_server
 from mft.vllm.versions import NAME, PER_REQUEST_BACKEND, check_vllm
+from mft.vllm.worker_errors import call_while_alive, unmarked
 
 _ADAPTERS: WeakKeyDictionary[Any, Adapters] = WeakKeyDictionary()  # by LLM with masks per request
 

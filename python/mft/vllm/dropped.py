@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mft.vllm.flips import Places
+from mft.vllm.mask_flips import Places
 
 Chosen = NDArray[np.bool_]
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes

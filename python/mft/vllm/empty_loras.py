@@ -17,7 +17,7 @@ import torch
 
 from mft.masks.export_format import read_description
 from mft.masks.location import masks_directory
-from mft.vllm.failures import check_known
+from mft.vllm.worker_errors import check_known
 from mft_kernels.internal import MOST_MASKS
 
 EAGER = "on with masks per request, which a compiled model would not read"

@@ -19,8 +19,8 @@ from mft.checks import shown
 from mft.serving.api.hosts import check_host, known_hosts
 from mft.serving.api.incoming import json_bytes
 from mft.serving.refusal import Refused
-from mft.vllm.failures import DEAD, PER_REQUEST, SECONDS, check_known, unmarked
 from mft.vllm.versions import NAME
+from mft.vllm.worker_errors import DEAD, PER_REQUEST, SECONDS, check_known, unmarked
 
 Answer = TypeVar("Answer")
 KEYS = {"use": {"task"}, "update": {"task", "flips"}}

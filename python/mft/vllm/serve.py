@@ -10,9 +10,9 @@ from mft.escaping import escaped
 from mft.masks.export_format import read_export
 from mft.masks.location import masks_directory
 from mft.vllm.empty_loras import EAGER, Adapters
-from mft.vllm.failures import sentence_of
 from mft.vllm.token_masks import warn_without_kernels
 from mft.vllm.versions import NAME, PER_REQUEST_BACKEND, check_vllm
+from mft.vllm.worker_errors import sentence_of
 
 USAGE = "python -m mft.vllm BASE --masks NAME=DIR [--masks NAME=DIR ...] [--force] [--per-request] [options of vLLM]"
 _OURS = ("--quantization", "-q", "--weight-transfer-config")

@@ -10,7 +10,7 @@ from mft.masks.export import base_hash
 from mft.masks.merged_weights import is_peft_mask
 from mft.models.parallel import check_unsharded, unwrapped
 from mft.vllm.client import change
-from mft.vllm.flips import Flips, flips_between, words_of_mask
+from mft.vllm.mask_flips import Flips, flips_between, words_of_mask
 
 
 class MaskStream:

@@ -26,8 +26,8 @@ from mft.masks.export_format import (
 )
 from mft.masks.location import masks_directory
 from mft.vllm.dropped import Dropped, nothing_dropped
-from mft.vllm.failures import check_known
-from mft.vllm.flips import Flips, Places, Shape, dropped_places, flipped_places
+from mft.vllm.mask_flips import Flips, Places, Shape, dropped_places, flipped_places
+from mft.vllm.worker_errors import check_known
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mft.vllm.flips import mask_without
+from mft.vllm.mask_flips import mask_without
 from mft.vllm.task_masks import Tasks
 from mft_kernels import backend_report, masked_linear_many
 

@@ -12,13 +12,13 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from mft.vllm.empty_loras import NO_MODULES
-from mft.vllm.failures import PER_REQUEST, marked
-from mft.vllm.flips import read_flips
+from mft.vllm.mask_flips import read_flips
 from mft.vllm.plain_linear import is_plain
 from mft.vllm.slices import Slices
 from mft.vllm.slots import Slots
 from mft.vllm.task_masks import Tasks
 from mft.vllm.token_masks import TokenMasks, masks_by_layer
+from mft.vllm.worker_errors import PER_REQUEST, marked
 
 logger = logging.getLogger(__name__)
 

@@ -41,7 +41,7 @@ from mft.config import (
     parse_layers,
 )
 from mft.files.figure import COLOURS
-from mft.rewards.teacher import check_prompt
+from mft.rewards.on_policy_teacher import check_prompt
 from mft_study.arms.setting import CHOICES, Setting
 from mft_study.arms.size import NUMBER, model_numbers, trained_weight_bytes
 from mft_study.arms.weights import Weights, clone_with_weights, load_weights

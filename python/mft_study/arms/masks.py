@@ -86,7 +86,7 @@ class Mask(_AnyMask):
         return model
 
     def _masked(self, ground: Ground) -> nn.Module:
-        from mft.importance.scores import initialise_scores, mask_from_data
+        from mft.importance.initial_scores import initialise_scores, mask_from_data
         from mft.masks.convert import mask_model
         from mft.models.causal_lm import clone_with_own_weights
 

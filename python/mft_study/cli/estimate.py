@@ -12,7 +12,7 @@ from mft.checks import check_rule
 from mft.cli.estimate import machine_bytes
 from mft.memory.fit import RESERVE, gigabytes
 from mft.memory.model_config import read_model_config
-from mft.memory.rewards import Sizes, rewards_memory, rewards_peak
+from mft.memory.rewards_memory import Sizes, rewards_memory, rewards_peak
 from mft.memory.shapes import ModelShape, shape_from_config
 from mft.tracking.console import console, say
 from mft_study.arms.full import Full

@@ -11,7 +11,7 @@ from mft_study.grid import OpenEnd
 from mft_study.outcome import Findings
 from mft_study.report.dominance import draws_of, family_size
 from mft_study.report.judge import MARGIN
-from mft_study.report.rewards import rewards_remark
+from mft_study.report.reward_curves import rewards_remark
 from mft_study.report.statistics import CONFIDENCE, DRAWS, LEVEL, smallest_p
 from mft_study.report.table import DomainTable
 

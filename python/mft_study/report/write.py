@@ -34,7 +34,7 @@ from mft_study.report.pictures.by_bytes import plot_bytes
 from mft_study.report.pictures.forgetting import plot_forgetting
 from mft_study.report.pictures.plots import plot_study
 from mft_study.report.remarks import remarks
-from mft_study.report.rewards import REWARDS_PLOT, plot_rewards, reward_curves
+from mft_study.report.reward_curves import REWARDS_PLOT, plot_rewards, reward_curves
 from mft_study.report.sums import sums_of
 from mft_study.report.table import DomainTable, Row, study_numbers, study_tables
 from mft_study.report.verdict import conclusion_of, results_of, shown_interval, shown_p, study_verdicts

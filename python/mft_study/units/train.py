@@ -11,9 +11,9 @@ from typing import Any
 from mft.data.streams import count_rows
 from mft.masks.inspection import flip_share, initial_masks
 from mft.objectives.distillation import Distillation
+from mft.rewards.on_policy_teacher import QUESTION, OnPolicyTeacher
 from mft.rewards.questions import count_questions
-from mft.rewards.teacher import QUESTION, OnPolicyTeacher
-from mft.rewards.train import RewardReport, train_rewards
+from mft.rewards.train_rewards import RewardReport, train_rewards
 from mft.training.loop import StepReport
 from mft_study.arms.size import weights_bytes
 from mft_study.arms.weights import Weights, save_weights

@@ -25,7 +25,7 @@ from transformers import LlamaForSequenceClassification
 
 from mft import MaskConfig, load_masks, mask_model, masked_modules, merge_model, merged_weights, save_masks
 from mft.masks.peft import MaskPeftConfig, to_masked_model
-from mft.publishing.kinds import read_contents
+from mft.publishing.content_kinds import read_contents
 
 pytestmark = STILL_CALLED
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mft import quantize_model
 from mft.masks.peft import to_masked_model
-from mft.masks.peft_layers.codes import MaskCodes
+from mft.masks.peft_layers.quantized_layer import MaskCodes
 from mft.models.codes.quantized_linears import codes_of, holds_codes
 
 pytestmark = [

@@ -14,7 +14,7 @@ from mft.data import reserve as documents
 from mft.data import sources
 from mft.data.splits import load_splits
 from mft.models.pretrained import load_model
-from mft_study.evidence import reserve
+from mft_study.evidence import reserve_ledger
 from mft_study.report.write import write_study_report
 
 HELD = 20  # files in the reserve
@@ -42,7 +42,7 @@ def ground(tmp_path_factory):
 @pytest.fixture
 def ledger(tmp_path, monkeypatch):
     path = tmp_path / "reserve.json"
-    monkeypatch.setattr(reserve, "ledger_path", lambda: path)
+    monkeypatch.setattr(reserve_ledger, "ledger_path", lambda: path)
     return path
 
 

@@ -1,8 +1,8 @@
 """Estimate the bytes that a step of training by rewards holds on the device, in its three phases.
 
 The training samples a group's answers and then learns from them. It runs on one device, by autograd over the model's
-own forward (rewards/train.py). Sizes are allocated bytes, as in estimate.py; tests/memory/test_rewards_memory.py
-compares them with runs.
+own forward (rewards/train_rewards.py). Sizes are allocated bytes, as in estimate.py, and
+tests/memory/test_rewards_memory.py compares them with runs.
 """
 
 from collections.abc import Sequence

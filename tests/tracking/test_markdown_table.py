@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from mft.tracking.markdown import markdown_table
+from mft.tracking.markdown_table import markdown_table
 
 
 def test_a_table_becomes_one_of_github_with_its_title_before_it():

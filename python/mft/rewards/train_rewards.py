@@ -18,9 +18,9 @@ from mft.masks.convert import masked_modules
 from mft.masks.trainer_callbacks import BudgetCallback
 from mft.models.next_tokens import check_next_tokens
 from mft.rewards.config import RewardsConfig
+from mft.rewards.on_policy_teacher import OnPolicyTeacher, Teaching
 from mft.rewards.optimizer import SteppedOptimizer, make_scheduler
 from mft.rewards.questions import questions_of
-from mft.rewards.teacher import OnPolicyTeacher, Teaching
 from mft.training.loop import checked_surrogate, training_mode
 
 

@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import quants
 from gguf_models import quantized
 
-from mft.patching.codes import CODES, code_of
+from mft.patching.block_codes import CODES, code_of
 
 ROWS, WIDTH = 8, 1536
 
