@@ -35,7 +35,7 @@ from mft_study.arms.full import Full
 from mft_study.arms.means import Average
 from mft_study.arms.setting import CHOICES, Setting
 from mft_study.config import CROSS_ENTROPY, StudyConfig
-from mft_study.evidence.reserve_ledger import open_reserve, opened_by
+from mft_study.evidence.reserve_ledger import open_reserve, reserve_texts
 from mft_study.evidence.sums import FILE as SUMS
 from mft_study.load import study_values
 from mft_study.outcome import Outcome, Tested, Unit, outcome_from, outcome_values, tested_from, tested_values
@@ -304,7 +304,7 @@ class Store:
 
         Raises: as open_reserve.
         """
-        if not opened_by(self.study):
+        if not reserve_texts(self.study):
             return []
         models = _digest(self._keys(units, chosen))
         path = self.directory / TEST / f"reserve-{models}.json"
@@ -343,7 +343,7 @@ class Store:
     def test_path(self, unit: Unit, chosen: Chosen) -> Path:
         """Return where a unit's Tested lies, or will lie."""
         parts: list[Any] = [self.key(unit, chosen), unit.domain in self.study.answers]
-        parts += [opened] if (opened := opened_by(self.study)) else []
+        parts += [opened] if (opened := reserve_texts(self.study)) else []
         return self._path(TEST, unit, _digest(parts), "json")
 
 

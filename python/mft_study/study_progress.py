@@ -62,7 +62,7 @@ class Shown:
 
 
 @contextlib.contextmanager
-def shown_progress(console: Console) -> Iterator[Shown]:
+def show_progress(console: Console) -> Iterator[Shown]:
     """Show progress on console, with a bar if it is a terminal."""
     if not console.is_terminal:
         yield Shown(console, None)

@@ -39,7 +39,7 @@ from mft_study.study_plan import (
     work_left,
     work_of,
 )
-from mft_study.study_progress import Shown, shown_progress
+from mft_study.study_progress import Shown, show_progress
 from mft_study.units.job import Job
 from mft_study.workers import JobFailed, Result, Workers, job_words, start_workers
 from mft_study.workspace import Workspace
@@ -96,7 +96,7 @@ def run_study(
     begin()
     with open_store(study, directory, overwrite=overwrite, joins=joins, say=say, pace=pace) as store:
         if workspace is None:
-            with shown_progress(console) as shown:
+            with show_progress(console) as shown:
                 _make_base(bases, store, study.seeds[0], shown)
             workspace = _load_workspace(study, bases)
         check_alike(workspace, store.directory, store.claims)
@@ -109,7 +109,7 @@ def run_study(
             console.print(line, style="bold", highlight=False, soft_wrap=True, markup=False)
         for line in [*lines, _units_words(study), *power_lines(study, documents, store.directory)]:
             say(line)
-        with ON[on](study, bases, workspace) as workers, shown_progress(console) as shown:
+        with ON[on](study, bases, workspace) as workers, show_progress(console) as shown:
             run = _Run(study, store, workers, shown, bases, same_processor)
             try:
                 run.train()

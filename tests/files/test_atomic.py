@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from mft.files.atomic import NotWritten, atomic_directory, atomic_file, naming, remove, sweep, write_whole
+from mft.files.atomic import NotWritten, atomic_directory, atomic_file, convert_disk_errors, remove, sweep, write_whole
 
 
 def test_a_file_that_holds_it_already_is_not_touched(tmp_path):
@@ -22,7 +22,10 @@ def test_a_file_that_holds_it_already_is_not_touched(tmp_path):
 @pytest.mark.parametrize("whole", [atomic_file, atomic_directory])
 def test_a_failure_is_named_by_the_target_whose_old_content_stays(tmp_path, whole):
     write_whole(tmp_path / "file", "old")
-    with pytest.raises(NotWritten, match="new could not be written .No space left on device.: see that"), naming("new"):
+    with (
+        pytest.raises(NotWritten, match="new could not be written .No space left on device.: see that"),
+        convert_disk_errors("new"),
+    ):
         raise OSError(28, "No space left on device")
     with pytest.raises(NotWritten, match="/file could not be written"), whole(tmp_path / "file") as scratch:
         (scratch / "a" / "b").write_text("")

@@ -15,7 +15,7 @@ from mft.vllm.mask_flips import read_flips
 from mft.vllm.remote import change_server
 from mft.vllm.slices import Slices
 from mft.vllm.task_masks import Tasks
-from mft.vllm.worker_errors import marked, sentence_of, unmarked
+from mft.vllm.worker_errors import mark_errors, sentence_of, unmark_errors
 
 CAUSE = "please check the stack trace above for the root cause"
 WRAPPED = f"Call to collective_rpc method failed: Worker failed with error '{{}}', {CAUSE}"
@@ -80,7 +80,7 @@ def test_a_switch_that_cannot_be_is_an_error(llm, kind, words):
 def test_what_a_worker_refuses_arrives_as_its_sentence():
     def refuse(info):
         try:
-            with marked():
+            with mark_errors():
                 raise ValueError("task must be one of the server's (a, b), got 'c's'")
         except ValueError as error:
             raise Exception(WRAPPED.format(error)) from None  # like vLLM
@@ -90,11 +90,11 @@ def test_what_a_worker_refuses_arrives_as_its_sentence():
 
 
 def test_other_failures_stay_what_they_are_and_a_dead_engine_says_what_to_do():
-    with pytest.raises(ZeroDivisionError), unmarked():
+    with pytest.raises(ZeroDivisionError), unmark_errors():
         _ = 1 / 0
     assert sentence_of(Exception("Call to update_weights method failed: out of memory")) is None
     dead = type("EngineDeadError", (Exception,), {})
-    with pytest.raises(RuntimeError, match="engine must run, got a dead one .*: start it again"), unmarked():
+    with pytest.raises(RuntimeError, match="engine must run, got a dead one .*: start it again"), unmark_errors():
         raise dead
 
 

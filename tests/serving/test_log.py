@@ -40,7 +40,7 @@ def test_times_are_of_the_zone_that_is_asked_for(zone, offset):
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_what_libraries_log_has_lines_too_with_its_traceback(form):
     log, lines = written(form)
-    with log.taking_libraries():
+    with log.log_libraries():
         try:
             raise KeyError("lost")
         except KeyError:

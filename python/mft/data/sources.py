@@ -206,7 +206,7 @@ def _directory(directory: Path, config: DataConfig) -> Source:
             "name the directory of that subset"
         )
     splits, left_out = find_splits(directory)
-    chosen = _chosen(splits, config)
+    chosen = _chosen_splits(splits, config)
     used = {name: splits[name] for name in map(_name_of, chosen.values())}
     if config.streaming:
         source = _stream_of(used, chosen)
@@ -227,7 +227,7 @@ def _load(
 ) -> dict[str, Records]:
     """Read the source's splits that are chosen, and complete them."""
     available = {name: read(name) for name in map(_name_of, chosen.values())}
-    return _complete(_cut(available, chosen), config, notes)
+    return _complete(_select_splits(available, chosen), config, notes)
 
 
 def _stream_of(files: Mapping[str, Sequence[Path]], chosen: Mapping[str, str]) -> Source:
@@ -240,7 +240,7 @@ def _stream_of(files: Mapping[str, Sequence[Path]], chosen: Mapping[str, str]) -
 def _hub(config: DataConfig) -> Source:
     """Open a data set of the Hub, through the datasets library."""
     loaded = _load_from_hub(config)
-    chosen = _chosen(loaded, config)
+    chosen = _chosen_splits(loaded, config)
     if config.streaming:
         words = f"{config.source} {config.subset} {chosen}"
         streams = {split: stream_hub(loaded[name], f"{config.source}, split {name}") for split, name in chosen.items()}
@@ -300,7 +300,7 @@ def _name_of(expression: str) -> str:
     return expression.partition("[")[0]
 
 
-def _chosen(names: Collection[str], config: DataConfig) -> dict[str, str]:
+def _chosen_splits(names: Collection[str], config: DataConfig) -> dict[str, str]:
     """Map our splits to the source's splits (names) or parts of them, as data.split says: "train" or "train[:10%]"."""
     chosen = {"train": config.split}
     if config.validation_split is not None:
@@ -323,7 +323,7 @@ def _chosen(names: Collection[str], config: DataConfig) -> dict[str, str]:
     return chosen
 
 
-def _cut(available: Mapping[str, Records], chosen: Mapping[str, str]) -> dict[str, Records]:
+def _select_splits(available: Mapping[str, Records], chosen: Mapping[str, str]) -> dict[str, Records]:
     """Select the chosen splits. "train[:1000]" and "train[:10%]" are parts of a split."""
     cut = {}
     for split, expression in chosen.items():

@@ -26,7 +26,7 @@ class NotWritten(OSError):
 
 
 @contextmanager
-def naming(target: str | os.PathLike, what: str = "written") -> Iterator[None]:
+def convert_disk_errors(target: str | os.PathLike, what: str = "written") -> Iterator[None]:
     """Turn disk errors in the block into a NotWritten that names target."""
     try:
         yield
@@ -46,7 +46,7 @@ def atomic_directory(target: str | os.PathLike, *, replace: Callable[[], bool] =
     replace: asked at the end if target exists: whether ours replaces it, or is deleted. Raises: NotWritten.
     """
     target = Path(target)
-    with naming(target):
+    with convert_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         try:
@@ -65,7 +65,7 @@ def atomic_directory(target: str | os.PathLike, *, replace: Callable[[], bool] =
 def atomic_file(target: str | os.PathLike) -> Iterator[Path]:
     """Yield the path of a file that becomes target if the block succeeds, else is deleted. Raises: NotWritten."""
     target = Path(target)
-    with naming(target), _scratch_file(target) as scratch:
+    with convert_disk_errors(target), _scratch_file(target) as scratch:
         yield scratch
         _open_to_readers(scratch, 0o666)
         _sync(scratch)
@@ -77,7 +77,7 @@ def write_whole(target: str | os.PathLike, content: str | bytes) -> None:
     """Write content to target, text as UTF-8, unless the file already has this content. Raises: NotWritten."""
     target = Path(target)
     content = content.encode() if isinstance(content, str) else content
-    with naming(target):
+    with convert_disk_errors(target):
         if target.is_file() and target.read_bytes() == content:
             return
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def publish(target: str | os.PathLike, content: str | bytes) -> bool:
     """
     target = Path(target)
     content = content.encode() if isinstance(content, str) else content
-    with naming(target):
+    with convert_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _scratch_file(target) as scratch:
             scratch.write_bytes(content)
@@ -104,7 +104,7 @@ def publish(target: str | os.PathLike, content: str | bytes) -> bool:
 
 def place(source: Path, target: Path) -> bool:
     """Move a file on the same disk to target unless it exists. Return whether it was moved. Raises: NotWritten."""
-    with naming(target):
+    with convert_disk_errors(target):
         try:
             os.link(source, target)
         except FileExistsError:
@@ -126,7 +126,7 @@ def place(source: Path, target: Path) -> bool:
 
 def place_directory(source: Path, target: Path) -> bool:
     """Rename source to target, or delete it if target exists; return whether it is ours. Raises: NotWritten."""
-    with naming(target):
+    with convert_disk_errors(target):
         try:
             source.rename(target)  # fails if target is a directory that is not empty
         except OSError:
@@ -140,7 +140,7 @@ def place_directory(source: Path, target: Path) -> bool:
 
 def remove(path: Path) -> None:
     """Delete a file or a directory. A half-deleted directory is never visible under its name. Raises: NotWritten."""
-    with naming(path, "deleted"):
+    with convert_disk_errors(path, "deleted"):
         if path.is_dir() and not path.is_symlink():
             scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
             path.rename(scratch)
@@ -165,7 +165,7 @@ def sweep(directory: Path, ours: Callable[[str], object]) -> None:
         if name is None or not ours(name):
             continue
         target = entry.with_name(name)
-        with naming(entry, "deleted"):
+        with convert_disk_errors(entry, "deleted"):
             if entry.suffix == ".old" and not target.exists():
                 entry.rename(target)
             elif entry.is_dir():

@@ -125,12 +125,14 @@ class TaskPerRow:
 
     def product(self, layer: BankedLinear, x: Tensor) -> Tensor:
         layer.check_tasks(self.tasks)
-        return self.mixed(x, layer.weight, layer.masks, layer.bias)
+        return self.mixed_product(x, layer.weight, layer.masks, layer.bias)
 
-    def mixed(self, x: Tensor, weight: Tensor, masks: Mapping[str | None, Tensor], bias: Tensor | None) -> Tensor:
+    def mixed_product(
+        self, x: Tensor, weight: Tensor, masks: Mapping[str | None, Tensor], bias: Tensor | None
+    ) -> Tensor:
         """Compute (rows, ..., K) -> (rows, ..., N) with weight (N, K) and the masks of the rows' tasks, if any."""
         if x.dim() == 2 and self.has_flattened(len(x)):
-            return self.mixed(x.unflatten(0, self.input_shape[:2]), weight, masks, bias).flatten(0, 1)
+            return self.mixed_product(x.unflatten(0, self.input_shape[:2]), weight, masks, bias).flatten(0, 1)
         if not self.fit(x.shape):
             raise self.refusal(x.shape)
         groups = self.groups(frozenset(masks), x.device)

@@ -148,17 +148,17 @@ def _load_named(config: ModelConfig, load: Callable[[str, ModelConfig], Any], *,
 
 
 @contextmanager
-def _loading(config: ModelConfig, what: str) -> Iterator[None]:
+def _convert_errors(config: ModelConfig, what: str) -> Iterator[None]:
     """Turn transformers' errors into a ValueError that names the model."""
     with refuse_unreadable(f"model.name {config.name!r} cannot be loaded as a {what}"), quiet_progress():
         yield
 
 
 def _load_tokenizer(source: str, config: ModelConfig, *, sequence_length: int | None) -> Any:
-    with _loading(config, "model"):
+    with _convert_errors(config, "model"):
         architecture = transformers.AutoConfig.from_pretrained(source, **LOCAL)
     check_next_tokens(architecture, config.name, sequence_length)
-    with _loading(config, "tokenizer"):
+    with _convert_errors(config, "tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **LOCAL)
     if config.chat_template is not None:
         tokenizer.chat_template = read_chat_template(config.chat_template)
@@ -166,7 +166,7 @@ def _load_tokenizer(source: str, config: ModelConfig, *, sequence_length: int | 
 
 
 def _load_outline(source: str, config: ModelConfig) -> Any:
-    with _loading(config, "causal language model"):
+    with _convert_errors(config, "causal language model"):
         return outline_of(transformers.AutoConfig.from_pretrained(source, **LOCAL), config.dtype)
 
 
@@ -186,7 +186,7 @@ def _load(source: str, config: ModelConfig, *, sequence_length: int | None, unre
     model: Any
     info: Any
     what = " ".join(["causal language model", *(f"with {key}={value!r}" for key, value in attention.items())])
-    with _loading(config, what):
+    with _convert_errors(config, what):
         settings = transformers.AutoConfig.from_pretrained(source, **LOCAL) if unread else None
         if settings is not None and are_readable(settings, Path(source)):
             model, other = (outline_of(copy.deepcopy(settings), config.dtype, **attention) for _ in range(2))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from mft.checks import nearest_path
-from mft.files.atomic import naming
+from mft.files.atomic import convert_disk_errors
 from mft.files.regular_file import check_regular
 
 
@@ -64,7 +64,7 @@ def claim(path: Path) -> Iterator[BinaryIO]:
 def _locked(path: Path, flags: int, kind: int) -> Iterator[int]:
     if not flags & os.O_CREAT:
         check_there(path)
-    with naming(path, "opened"):
+    with convert_disk_errors(path, "opened"):
         descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     try:
         try:

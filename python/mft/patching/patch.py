@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from mft.files.atomic import atomic_file, naming, sweep, write_whole
+from mft.files.atomic import atomic_file, convert_disk_errors, sweep, write_whole
 from mft.patching.block_codes import CODES, code_of
 from mft.patching.locks import check_new, claim, lock_for_changing, lock_for_reading
 from mft.patching.patch_plan import LoadBase, Plan, plan_patch
@@ -63,7 +63,7 @@ def patch_gguf(
         plan = plan_patch(path, masks, load_base=load_base, force=force)
         widened = _find_widened(plan, widen)
         beside = undo_path(target)
-        with naming(beside), claim(beside) as undo:
+        with convert_disk_errors(beside), claim(beside) as undo:
             check_new(target)
             sweep(target.parent, lambda name: name == target.name)
             try:
@@ -156,7 +156,7 @@ def _find_widened(plan: Plan, widen: str | None) -> frozenset[str]:
 
 def _overwrite(path: Path, places: np.ndarray, new: np.ndarray) -> None:
     """Overwrite the bytes of a file at these ascending places with new."""
-    with naming(path), path.open("r+b") as file:
+    with convert_disk_errors(path), path.open("r+b") as file:
         for start in range(0, os.fstat(file.fileno()).st_size, _WINDOW):
             first, last = np.searchsorted(places, [start, start + _WINDOW])
             if first < last:

@@ -45,7 +45,7 @@ def serve(
     options = options or Options()
     log = new_log(options.log_format, options.log_level, options.log_zone)
     reload = Reload(log)
-    with log.taking_libraries(), reload.catching_hang_up():
+    with log.log_libraries(), reload.catching_hang_up():
         _serve(masks, (model_name, dtype), options, log, reload)
 
 

@@ -68,7 +68,7 @@ class Log(logging.Logger):
         self.log(level, "%s", message, extra={"event": event, "fields": fields})
 
     @contextlib.contextmanager
-    def taking_libraries(self) -> Iterator[None]:
+    def log_libraries(self) -> Iterator[None]:
         """Also log here what libraries log in the block, such as the traceback of an error."""
         root = logging.getLogger()
         root.addHandler(self._handler)

@@ -16,7 +16,7 @@ from mft.data.streams import StreamedRows, count_rows
 from mft.engines.placed import Placed
 from mft.engines.step import StepReport
 from mft.evaluation.evaluate import Evaluation, evaluate
-from mft.files.atomic import naming, write_whole
+from mft.files.atomic import convert_disk_errors, write_whole
 from mft.files.json_file import parse_value
 from mft.objectives.cross_entropy import CROSS_ENTROPY
 from mft.objectives.objective import Objective
@@ -205,12 +205,12 @@ class MetricsFile:
 
     def write(self, **values: Any) -> None:
         self.events.append(values)
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+        with convert_disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(values))
 
     def sync(self) -> None:
         """Sync the file, and return when the disk has it."""
-        with naming(self.path), self.path.open("rb+") as file:
+        with convert_disk_errors(self.path), self.path.open("rb+") as file:
             os.fsync(file.fileno())
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mft.engines.distributed import ALONE, Processes
-from mft.files.atomic import atomic_directory, naming, remove, sweep
+from mft.files.atomic import atomic_directory, convert_disk_errors, remove, sweep
 from mft.files.cache import sha256_of
 from mft.files.json_file import read_object
 from mft.files.safetensors_file import open_tensors
@@ -126,7 +126,7 @@ def _write_files(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: 
 
 def prepare(root: Path) -> None:
     """Make root if needed, and delete the incomplete files of killed writers. Raises: NotWritten."""
-    with naming(root):
+    with convert_disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
     sweep(root, _NAME.fullmatch)
 

@@ -158,7 +158,7 @@ def _train(placed: Placed, dataset, train: TrainConfig, hooks: Hooks) -> list[St
         seeded(train.seed),
         keep_apart(model, dataset, sample, train.batch_size),
         training_mode(model, checkpointed=train.gradient_checkpointing and not mode.runs_by_layers),
-        contextlib.nullcontext() if saver is None else saver.listening(),
+        contextlib.nullcontext() if saver is None else saver.handle_signals(),
     ):
         hook = hooks.before_update
         runner = placed.start(sample, train, None if hook is None else lambda: hook(len(reports) + 1, steps))

@@ -144,7 +144,7 @@ class Saver:
             raise Stopped(told, reports[-1].step, reports[-1].steps, where)
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def handle_signals(self) -> Iterator[None]:
         """Handle the first signal in after_step; a second SIGTERM or SIGINT acts as it did before this context."""
         before = {number: signal.getsignal(number) for number in _SIGNALS}
         if before[signal.SIGHUP] is signal.SIG_IGN:  # nohup

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from mft.vllm.empty_loras import EAGER, Adapters
 from mft.vllm.remote import change_server
 from mft.vllm.versions import NAME, PER_REQUEST_BACKEND, check_vllm
-from mft.vllm.worker_errors import call_while_alive, unmarked
+from mft.vllm.worker_errors import call_while_alive, unmark_errors
 
 _ADAPTERS: WeakKeyDictionary[Any, Adapters] = WeakKeyDictionary()  # by LLM with masks per request
 
@@ -86,13 +86,13 @@ def change(llm: Any, update: dict[str, Any]) -> None:
     if engine.has_unfinished_requests():
         raise ValueError("llm must have answered all requests before its masks change: wait for them")
     resources = getattr(engine.engine_core, "resources", None)  # None if the engine has no process of its own
-    with unmarked():
+    with unmark_errors():
         call_while_alive(lambda: _switch(llm, update), lambda: resources is not None and resources.engine_dead)
 
 
 def _add(llm: Any, tasks: Mapping[str, str | os.PathLike], force: bool, more: dict[str, Any]) -> None:
     places = {task: str(place) for task, place in tasks.items()}
-    with unmarked():
+    with unmark_errors():
         llm.init_weight_transfer_engine({"init_info": {"tasks": places, "force": force} | more})
 
 

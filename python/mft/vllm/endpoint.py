@@ -20,7 +20,7 @@ from mft.serving.api.hosts import check_host, known_hosts
 from mft.serving.api.incoming import json_bytes
 from mft.serving.refusal import Refused
 from mft.vllm.versions import NAME
-from mft.vllm.worker_errors import DEAD, PER_REQUEST, SECONDS, check_known, unmarked
+from mft.vllm.worker_errors import DEAD, PER_REQUEST, SECONDS, check_known, unmark_errors
 
 Answer = TypeVar("Answer")
 KEYS = {"use": {"task"}, "update": {"task", "flips"}}
@@ -59,7 +59,7 @@ class MaskEndpoint:
         if self._per_request:
             requests = state.openai_serving_models.lora_requests
             info["loras"] = {task: requests[task].lora_int_id for task in tasks}
-        with unmarked():
+        with unmark_errors():
             await engine_client.init_weight_transfer_engine(WeightTransferInitRequest(info))
         self._tasks = list(tasks)
 
@@ -116,7 +116,7 @@ class MaskEndpoint:
     async def _change(self, update: dict[str, Any]) -> tuple[float, float]:
         """Change the masks, and return the seconds until running answers had ended and those of the switch itself."""
         begin = time.perf_counter()
-        with unmarked():
+        with unmark_errors():
             await self._engine.pause_generation(mode="wait", clear_cache=True)
             paused = time.perf_counter()
             try:

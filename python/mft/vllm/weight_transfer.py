@@ -18,7 +18,7 @@ from mft.vllm.slices import Slices
 from mft.vllm.slots import Slots
 from mft.vllm.task_masks import Tasks
 from mft.vllm.token_masks import TokenMasks, masks_by_layer
-from mft.vllm.worker_errors import PER_REQUEST, marked
+from mft.vllm.worker_errors import PER_REQUEST, mark_errors
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +70,12 @@ class MaskTransferEngine(WeightTransferEngine[MaskInit, MaskUpdate]):
         }
 
     def init_transfer_engine(self, init_info: MaskInit) -> None:
-        with marked():
+        with mark_errors():
             self.tasks.add(init_info.tasks, force=init_info.force)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Do the same as the base class, but without waiting for an accelerator, which a CPU machine does not have."""
-        with marked():
+        with mark_errors():
             self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: MaskUpdate) -> None:
@@ -113,7 +113,7 @@ class PerRequestEngine(MaskTransferEngine):
 
     def init_transfer_engine(self, init_info: PerRequestInit) -> None:
         count = len(init_info.tasks)
-        with marked():
+        with mark_errors():
             if init_info.tasks.keys() != init_info.loras.keys():
                 raise ValueError(
                     f"tasks must be given at the start with masks per request, got {', '.join(init_info.tasks)} later: "

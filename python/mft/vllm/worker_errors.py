@@ -22,7 +22,7 @@ _SAID = re.compile(rf"{_MARK}(.*?)(?:', please check the stack trace above for t
 
 
 @contextlib.contextmanager
-def marked() -> Iterator[None]:
+def mark_errors() -> Iterator[None]:
     """Mark errors in the block that the worker's caller can fix. Used in a worker."""
     try:
         yield
@@ -31,7 +31,7 @@ def marked() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unmarked() -> Iterator[None]:
+def unmark_errors() -> Iterator[None]:
     """Turn the marked errors of a worker into plain ones. Raises: ValueError; RuntimeError if it is dead."""
     try:
         yield
@@ -70,6 +70,6 @@ def check_known(task: Any, tasks: Collection[str], base: str = "") -> None:
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """Return the message that marked() marked, or None for any other error."""
+    """Return the message that mark_errors() marked, or None for any other error."""
     found = _SAID.search(str(error))
     return found.group(1) if found else None

@@ -22,7 +22,7 @@ NAME = "reserve.json"
 _ROOT = Path(__file__).parents[3]  # of a checkout
 
 
-def opened_by(study: StudyConfig) -> list[str]:
+def reserve_texts(study: StudyConfig) -> list[str]:
     """Return the domains and general texts whose test split a study has declared to be the reserve."""
     texts = [*study.domains.items(), *study.general.items()]
     return list(dict.fromkeys(name for name, data in texts if data.subset == RESERVE))
@@ -46,7 +46,7 @@ def open_reserve(study: StudyConfig, directory: Path, models: str, *, again: boo
                 f"{own[-1]['date']} with other models: choices made since then may depend on it. Pass --again to "
                 f"open it anyway, which is recorded in {path}"
             )
-        entry = {"study": directory.name, "opened": opened_by(study), "models": models}
+        entry = {"study": directory.name, "opened": reserve_texts(study), "models": models}
         entry |= {"date": datetime.date.today().isoformat(), "commit": environment()["commit"]}
         openings.append(entry)
         write_whole(path, json.dumps(openings, indent=2) + "\n")

@@ -24,7 +24,7 @@ from mft_study.workspace import Workspace
 
 
 @contextmanager
-def opened(directory: Path) -> Iterator["Finished"]:
+def open_finished(directory: Path) -> Iterator["Finished"]:
     """Open the finished study in directory, which nobody else may have open. Raises: ValueError if there is none."""
     if not (directory / STUDY).is_file():
         raise ValueError(f"directory must be a study's (with a {STUDY}), got {directory}")

@@ -34,7 +34,9 @@ def verdicts_over_codes(findings: Findings, tables: Mapping[str, DomainTable]) -
         sentences = [f"Rounding costs {shown_interval(cost[place])} nats per token ({name} - {exact})."]
         shares = [f"{row.arm} {100 * row.recovered:.0f} %" for row in rows if row.recovered is not None]
         sentences += [f"Taken back of it: {', '.join(shares)}."] if shares else []
-        sentences += [_compared(findings, table, pair, held[pair]) for pair in rivals[domain, name] if pair in held]
+        sentences += [
+            _comparison_words(findings, table, pair, held[pair]) for pair in rivals[domain, name] if pair in held
+        ]
         lines.append(f"{domain}, over {name}. {' '.join(sentences)}")
     return lines
 
@@ -62,7 +64,7 @@ def _differences(findings: Findings, pairs: list[Pair]) -> dict[Pair, Difference
     return dict(zip(known, differences(list(known.values()))))
 
 
-def _compared(findings: Findings, table: DomainTable, pair: Pair, difference: Difference) -> str:
+def _comparison_words(findings: Findings, table: DomainTable, pair: Pair, difference: Difference) -> str:
     domain, mask, lora = pair
     validation = validation_difference(findings, domain, mask, lora)
     shown, why = side(difference, validation)

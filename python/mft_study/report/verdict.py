@@ -136,7 +136,7 @@ def _sentences(table: DomainTable, uncompared: Callable[[DomainTable, Row], str]
     for row in masked:
         control = table.row(row.against)
         if row.decides in row.minus_control and control is not None:
-            yield _compared(row, control, table.full)
+            yield _comparison_words(row, control, table.full)
         else:
             yield f"{row.arm} - {table.full}: {shown_interval(row.minus_full)}{uncompared(table, row)}."
     if table.seeds == 1:
@@ -191,7 +191,7 @@ def _loss_words(name: str, found: OnLoss) -> str:
     return f"{name} {shown_interval(found.difference)}, Holm-adjusted p {p}, on validation {validation}"
 
 
-def _compared(row: Row, control: Row, full: str) -> str:
+def _comparison_words(row: Row, control: Row, full: str) -> str:
     difference = row.minus_control[row.decides]
     what, why = conclusion(row, control)
     validation = "none" if row.validation is None else f"{row.validation:+.4f}"

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mft.files.atomic import NotWritten, naming
+from mft.files.atomic import NotWritten, convert_disk_errors
 from mft.training.run_lock import ONE_OF_SEVERAL, WORKS_ALONE
 
 FOLDER = "leases"
@@ -91,7 +91,7 @@ class Leases:
             return False
         generation = 1 if before is None else _generation(before) + 1
         path = self.folder / f"{name}.{generation}"
-        with naming(path):
+        with convert_disk_errors(path):
             if not self._create(path):
                 return False  # another was faster
         for _ in os.walk(self.folder.parent):
@@ -108,7 +108,7 @@ class Leases:
             path = self._held.pop(name, None)
         if path is None or not (_read(path) or b"").startswith(self._head):
             return
-        with naming(path, "deleted"):
+        with convert_disk_errors(path, "deleted"):
             for older in range(1, _generation(path)):
                 (self.folder / f"{name}.{older}").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
@@ -172,7 +172,7 @@ class Leases:
     def _clear(self) -> None:
         """Delete all leases but this process's own: nobody else works here. Raises: NotWritten."""
         for path in self._others(("",)):
-            with naming(path, "deleted"):
+            with convert_disk_errors(path, "deleted"):
                 path.unlink(missing_ok=True)
 
     def _alive(self, prefixes: tuple[str, ...]) -> Path | None:
@@ -181,7 +181,7 @@ class Leases:
         while others:
             for path in others:
                 if self._is_dead(path):
-                    with naming(path, "deleted"):
+                    with convert_disk_errors(path, "deleted"):
                         path.unlink(missing_ok=True)
                 elif path in self._seen and self._has_changed(path):
                     return path

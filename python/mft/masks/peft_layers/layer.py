@@ -332,7 +332,7 @@ class MaskLinear(MaskTunerLayer):
     def _forward_mixed(self, rows: TaskPerRow, x: Tensor) -> Tensor:
         named = {name for name in rows.tasks if name is not None and name in self.mft_scores}
         masks: dict[str | None, Tensor] = {name: self.packed_mask(name, "weight", anew=False) for name in named}
-        return rows.mixed(x, self._weight("weight"), masks, self.bias)
+        return rows.mixed_product(x, self._weight("weight"), masks, self.bias)
 
     def _weight(self, parameter: str) -> Tensor:
         """(N, K); a Conv1D holds its transpose."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mft_study.arms.full import Full
-from mft_study.report.finished import opened
+from mft_study.report.finished import open_finished
 from mft_study.report.pictures.overlap import overlaps, plot_overlaps
 from mft_study.report.pictures.surface import loss_surface, plane_through, plot_surfaces, random_plane, weights_of
 
@@ -27,7 +27,7 @@ def draw_surface(
     Args: directory: a finished study's; domain, arm: None for the study's first, and its first of MFT; rows: of
         validation, for every point; points: along each axis; on_point: called with the points done and their number.
     """
-    with opened(directory) as ground:
+    with open_finished(directory) as ground:
         domain = next(iter(ground.study.domains)) if domain is None else domain
         ground.check("domain", domain, list(ground.study.domains))
         mask = ground.masked_arm(arm)
@@ -58,7 +58,7 @@ def draw_surface(
 
 def draw_overlap(directory: Path, path: Path, *, arm: str | None = None) -> None:
     """Draw how far the weights that the masks of all seeds and domains drop overlap, by pair, against chance."""
-    with opened(directory) as ground:
+    with open_finished(directory) as ground:
         arm = ground.masked_arm(arm)
         sets = {
             f"{domain}, seed {seed}": ground.dropped(domain, arm, seed)

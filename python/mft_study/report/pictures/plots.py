@@ -41,7 +41,7 @@ def plot_summary(numbers: Mapping[str, Any], path: Path) -> None:
     domains = {name: table for name, table in numbers["domains"].items() if table["control"] is not None}
     if not domains:
         raise ValueError("a summary must have a domain with a control arm to be drawn, got none: see plot.png instead")
-    rows = max(len(_compared(table, "minus_control")) for table in domains.values())
+    rows = max(len(_compared_rows(table, "minus_control")) for table in domains.values())
     figure = new_figure(12, 0.34 * rows + 1.3)
     named: list[str] = []
     for axes, (domain, table) in zip(figure.subplots(1, len(domains), squeeze=False)[0], domains.items()):
@@ -62,7 +62,7 @@ def ends_of(difference: Mapping[str, Any]) -> tuple[float, float]:
     return low, high
 
 
-def _compared(table: Mapping[str, Any], reference: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+def _compared_rows(table: Mapping[str, Any], reference: str) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Return (row, its loss difference) for each row that has one."""
     found = []
     for row in table["rows"]:
@@ -73,7 +73,7 @@ def _compared(table: Mapping[str, Any], reference: str) -> list[tuple[Mapping[st
 
 
 def _draw_differences(axes, table: Mapping[str, Any], reference: str) -> None:
-    compared, colours = _compared(table, reference), colours_of(table)
+    compared, colours = _compared_rows(table, reference), colours_of(table)
     low, high = _limits(compared)
     for place, (row, difference) in enumerate(compared):
         estimate, colour = difference["estimate"], colours[row["arm"]]
