@@ -93,34 +93,35 @@ Tensor kept_thresholds(Tensor scores, int64_t k, bool magnitude) {
   return thresholds;
 }
 
-// ranges: one for all rows, or one per row.
-Tensor pack_rows(const Matrix& s, const Tensor& like, const std::vector<mft::KeepRange>& ranges) {
-  const mft::Capability& cpu = mft::chosen_capability();
+// Returns int32 (rows, ceil(columns / 32)), of which pack(words, row) writes each row.
+template <typename Pack>
+Tensor packed_rows(const Matrix& s, const Tensor& like, const Pack& pack) {
   const int64_t sizes[] = {s.rows, (s.columns + 31) / 32};
   Tensor packed = torch::stable::new_empty(like, {sizes, 2}, ScalarType::Int);
   auto* words = static_cast<uint32_t*>(packed.mutable_data_ptr());
   mft::parallel_for(0, s.rows, 1 + 32768 / (s.columns + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      cpu.rows->pack(words + r * sizes[1], s.row(r), s.format, ranges[ranges.size() == 1 ? 0 : r], s.columns);
-    }
+    for (int64_t r = begin; r < end; ++r) pack(words + r * sizes[1], r);
   });
   return packed;
 }
 
 Tensor pack_mask(Tensor scores, Tensor threshold, bool magnitude) {
+  const mft::RowKernels& rows = *mft::chosen_capability().rows;
   const Matrix s = input(scores, "scores");
-  return pack_rows(s, scores, ranges(threshold, threshold.dim() == 0 ? 1 : s.rows, s.format, magnitude));
+  const auto keep = ranges(threshold, threshold.dim() == 0 ? 1 : s.rows, s.format, magnitude);
+  return packed_rows(s, scores, [&](uint32_t* words, int64_t r) {
+    rows.pack(words, s.row(r), s.format, keep[keep.size() == 1 ? 0 : r], s.columns);
+  });
 }
 
 std::tuple<Tensor, Tensor> pack_signs(Tensor scores) {
-  const mft::Capability& cpu = mft::chosen_capability();
+  const mft::RowKernels& rows = *mft::chosen_capability().rows;
   const Matrix s = input(scores, "scores");
-  Tensor signs = pack_rows(s, scores, {mft::range_positive(s.format)});
+  const mft::KeepRange positive = mft::range_positive(s.format), zero = mft::range_zero(s.format);
   std::atomic<int64_t> zeros{0};
-  mft::parallel_for(0, s.rows, 1 + 32768 / (s.columns + 1), [&](int64_t begin, int64_t end) {
-    int64_t found = 0;
-    for (int64_t r = begin; r < end; ++r) found += cpu.rows->count(s.row(r), s.format, mft::range_zero(s.format), s.columns);
-    zeros += found;
+  Tensor signs = packed_rows(s, scores, [&](uint32_t* words, int64_t r) {
+    rows.pack(words, s.row(r), s.format, positive, s.columns);
+    zeros += rows.count(s.row(r), s.format, zero, s.columns);
   });
   Tensor count = torch::stable::new_empty(scores, {}, ScalarType::Long);
   *static_cast<int64_t*>(count.mutable_data_ptr()) = zeros;

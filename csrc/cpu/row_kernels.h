@@ -33,6 +33,14 @@ struct SignRow {
   const uint32_t* words;  // bit set: +1, clear: -1
 };
 
+// Three ranges of one kind, and how many scores lie in each.
+struct Ranges {
+  KeepRange below, inside, above;
+};
+struct WindowCount {
+  int64_t below, inside, above;
+};
+
 struct RowKernels {
   // out[j] = keep[j] ? weight[j] : +0. out may be weight. score_format is not read if words are given.
   void (*mask)(void* out, const void* weight, int weight_bytes, MaskRow mask, Format score_format, int64_t columns);
@@ -46,6 +54,9 @@ struct RowKernels {
 
   // How many scores lie in the range.
   int64_t (*count)(const void* scores, Format score_format, KeepRange range, int64_t columns);
+
+  // Counts, and writes the keys inside, less the least of that range, to keys, which has place for columns + 16.
+  WindowCount (*window)(uint32_t* keys, const void* scores, Format score_format, const Ranges& ranges, int64_t columns);
 };
 
 // The tables. chosen_capability() returns none that was not compiled in or that this machine lacks.

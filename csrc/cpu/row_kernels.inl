@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -151,10 +152,87 @@ void score_grad_row(void* out, Format out_format, const void* grad, Format grad_
   }
 }
 
+// ------------------------------------------------------------------------------------------------ a window of keys
+
+#if defined(__AVX512BW__)
+
+// 16 scores, as bits that are sign-extended to 32.
+inline __m512i load_bits(const uint32_t* scores, __mmask16 inside) { return _mm512_maskz_loadu_epi32(inside, scores); }
+inline __m512i load_bits(const uint16_t* scores, __mmask16 inside) {
+  return _mm512_cvtepi16_epi32(_mm256_maskz_loadu_epi16(inside, scores));
+}
+
+template <bool kMagnitude, typename Bits>
+WindowCount window_of(uint32_t* keys, const Bits* scores, const Ranges& ranges, int64_t columns) {
+  const __m512i magnitude = _mm512_set1_epi32(static_cast<int>(static_cast<Bits>(~Bits{0}) >> 1));
+  const __m512i one = _mm512_set1_epi32(1);
+  const auto within = [](__mmask16 read, __m512i place, KeepRange range) {
+    return _mm512_mask_cmplt_epu32_mask(read, place, _mm512_set1_epi32(static_cast<int>(range.count)));
+  };
+  const auto place_in = [](__m512i key, KeepRange range) {
+    return _mm512_sub_epi32(key, _mm512_set1_epi32(static_cast<int>(range.low)));
+  };
+  __m512i below = _mm512_setzero_si512(), above = below;
+  int64_t inside = 0;
+  for (int64_t j = 0; j < columns; j += 16) {
+    const auto read = static_cast<__mmask16>(columns - j < 16 ? (1u << (columns - j)) - 1 : 0xffffu);
+    __m512i key = load_bits(scores + j, read);
+    if (kMagnitude) {
+      key = _mm512_and_si512(key, magnitude);
+    } else {
+      key = _mm512_xor_si512(key, _mm512_and_si512(_mm512_srai_epi32(key, 31), magnitude));
+    }
+    below = _mm512_mask_add_epi32(below, within(read, place_in(key, ranges.below), ranges.below), below, one);
+    above = _mm512_mask_add_epi32(above, within(read, place_in(key, ranges.above), ranges.above), above, one);
+    const __m512i place = place_in(key, ranges.inside);
+    const __mmask16 found = within(read, place, ranges.inside);
+    _mm512_storeu_si512(keys + inside, _mm512_maskz_compress_epi32(found, place));
+    inside += __builtin_popcount(found);
+  }
+  return {_mm512_reduce_add_epi32(below), inside, _mm512_reduce_add_epi32(above)};
+}
+
+#else
+
+// The bits of a key; the upper half of a 16-bit key is its sign.
+template <bool kMagnitude, typename Bits>
+inline uint32_t key_of(Bits bits) {
+  using Signed = std::make_signed_t<Bits>;
+  constexpr int32_t kMagnitudeBits = static_cast<Bits>(~Bits{0}) >> 1;
+  const int32_t value = static_cast<Signed>(bits);
+  return static_cast<uint32_t>(kMagnitude || value >= 0 ? value & kMagnitudeBits : value ^ kMagnitudeBits);
+}
+
+template <bool kMagnitude, typename Bits>
+WindowCount window_of(uint32_t* keys, const Bits* scores, const Ranges& ranges, int64_t columns) {
+  WindowCount count{};
+  visit_words<kMagnitude>(scores, ranges.below, columns,
+                          [&](int64_t, int64_t, uint32_t word) { count.below += __builtin_popcount(word); });
+  visit_words<kMagnitude>(scores, ranges.above, columns,
+                          [&](int64_t, int64_t, uint32_t word) { count.above += __builtin_popcount(word); });
+  visit_words<kMagnitude>(scores, ranges.inside, columns, [&](int64_t j, int64_t, uint32_t word) {
+    for (; word != 0; word &= word - 1) {
+      keys[count.inside++] = key_of<kMagnitude>(scores[j + __builtin_ctz(word)]) - ranges.inside.low;
+    }
+  });
+  return count;
+}
+
+#endif
+
+WindowCount window_row(uint32_t* keys, const void* scores, Format format, const Ranges& ranges, int64_t columns) {
+  const auto of = [&](const auto* s) {
+    return ranges.inside.magnitude ? window_of<true>(keys, s, ranges, columns)
+                                   : window_of<false>(keys, s, ranges, columns);
+  };
+  return format == Format::kFloat32 ? of(static_cast<const uint32_t*>(scores))
+                                    : of(static_cast<const uint16_t*>(scores));
+}
+
 }  // namespace
 
 const RowKernels& MFT_ROW_KERNELS() {
-  static const RowKernels table = {mask_row, score_grad_row, pack_row, count_row};
+  static const RowKernels table = {mask_row, score_grad_row, pack_row, count_row, window_row};
   return table;
 }
 

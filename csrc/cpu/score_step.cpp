@@ -2,6 +2,7 @@
 #include "score_step.h"
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "parallel.h"
@@ -32,21 +33,21 @@ void step_span(const StepKernels& kernels, const StepTensors& t, const StepConst
 
 uint32_t score_step(const StepKernels& kernels, const StepTensors& t, const StepConstants& c, int64_t n, int64_t k,
                     bool magnitude, const void* near) {
-  Selection selection(t.scores, selected_as(t.score_format), n, magnitude, near);
-  const auto step = [&](int64_t begin, int64_t end, uint32_t* bins) {
-    std::vector<float> root(t.mean_scales == nullptr ? kSpan : 0);
-    for (; begin < end; begin += kSpan) {
-      const int64_t here = std::min(kSpan, end - begin);
-      step_span(kernels, t, c, root.data(), begin, here);
-      if (bins != nullptr) selection.count(bins, begin, begin + here);
-    }
-  };
-  if (k >= 0) return selection.kth_largest(histogram(n, step), k);
+  const Format format = selected_as(t.score_format);
+  std::optional<Window> window;
+  if (k >= 0 && near != nullptr) window.emplace(t.scores, format, n, magnitude, keys_near(near, format, magnitude));
   const int64_t spans = (n + kSpan - 1) / kSpan;
   parallel_for(0, spans, 4, [&](int64_t first, int64_t last) {
-    step(first * kSpan, std::min(last * kSpan, n), nullptr);
+    std::vector<float> root(t.mean_scales == nullptr ? kSpan : 0);
+    for (int64_t begin = first * kSpan, end = std::min(last * kSpan, n); begin < end; begin += kSpan) {
+      const int64_t here = std::min(kSpan, end - begin);
+      step_span(kernels, t, c, root.data(), begin, here);
+      if (window) window->count(begin, begin + here);
+    }
   });
-  return 0;
+  uint32_t bits = 0;
+  if (k < 0 || (window && window->find(k, bits))) return bits;
+  return kth_largest(t.scores, format, n, k, magnitude);
 }
 
 }  // namespace mft

@@ -69,7 +69,7 @@ def score_grad(sums: Sums) -> None:
 
 
 def select(scores: Tensor, keep_ratio: float, mode: str, *, each: bool = False) -> Tensor:
-    """Return the k-th largest key, by histograms: +inf if nothing is kept, NaN if a score is not finite."""
+    """Return the k-th largest key, nearly always in one pass: +inf if nothing is kept, NaN if a score is not finite."""
     matrices = scores if each else scores.reshape(1, -1)
     kept = kept_count(matrices[0].numel(), keep_ratio)
     found = built.cpu_ops.kept_thresholds(matrices.contiguous(), kept, mode == "magnitude")
@@ -89,8 +89,8 @@ def signs(scores: Tensor) -> tuple[Tensor, Tensor]:
 def step(update: Update) -> tuple[Tensor, Tensor]:
     """Step in one pass over gradient, weight, scores and moments, which also finds the next threshold.
 
-    A second pass packs the mask. fp32 scores take a third pass if the threshold before the step is not given, or is
-    more than 3 % away from the next.
+    A second pass packs the mask. There is another one if the threshold before the step is not given, or is more than
+    3 % away from the next.
     """
     update = update.on_host()
     scores = update.scores
