@@ -32,6 +32,7 @@ QUESTIONS = {
     "cpu": Question("bench_cpu", "Is the mask free on this processor? (minutes)", cases=True),
     "ops": Question("bench_ops", "What does each op cost, next to a dense layer? (an hour)", cases=True),
     "experts": Question("bench_experts", "Are masks free on a mixture's experts?", cases=True),
+    "loop": Question("bench_loop", "What does a layer's step cost with its optimiser?", cases=True),
     "train_step": Question("bench_train_step", "What does a whole step cost? (16 GB of memory)"),
     "scaling": Question("bench_scaling", "How does a step grow with tokens, width, layers, threads?"),
     "memory": Question("bench_memory", "How much memory does the step of one layer need?", alone=True),

@@ -17,6 +17,7 @@ DOCUMENT = ROOT / "docs" / "reference" / "measured.md"
 BLOCKS: dict[str, tuple[str, tables.Table]] = {
     "cpu": ("cpu", tables.cpu_table),
     "shares": ("cpu", tables.shares_table),
+    "loop": ("loop", tables.cpu_table),
     "generate": ("generate", tables.generate_table),
     "experts": ("experts", tables.experts_table),
     "launch": ("launch", tables.launch_table),
