@@ -14,6 +14,7 @@ from mft.config import MaskConfig
 from mft.evaluation.evaluate import evaluate
 from mft.masks.convert import mask_model, masked_modules
 from mft.masks.export import base_hash, save_masks
+from mft.masks.in_place import layer as layer_module
 from mft.masks.in_place.model import MasksInPlace, masks_in_place
 from mft.masks.in_place.others_memory import layers_to_copy
 from mft.masks.quantize import quantize_model
@@ -69,7 +70,7 @@ def test_layers_are_ordinary_meanwhile_and_the_model_comes_back(make):
     assert masks_in_place(model) is held
     for name, module in masked.items():
         layer = model.get_submodule(name)
-        assert type(layer) is nn.Linear
+        assert isinstance(layer, nn.Linear)
         assert layer.weight.requires_grad
         masked_weight = torch.where(module.mask(), weights[name], 0)
         assert torch.equal(layer.weight.view(torch.uint8), masked_weight.view(torch.uint8))
@@ -110,6 +111,24 @@ def test_masks_are_saved_meanwhile_as_they_are_outside(tmp_path):
         assert (inside / name).read_bytes() == (outside / name).read_bytes()
     assert_same_bits(bits(dict(model.named_parameters())), weights)
     held.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_tokens_go_through_the_masked_kernel_and_agree(dtype, monkeypatch):
+    model = masked_llama().to(dtype)
+    masked = masked_modules(model)
+    held, calls = MasksInPlace(model), []
+    few = layer_module.masked_linear_packed
+    monkeypatch.setattr(layer_module, "masked_linear_packed", lambda *args: calls.append(args) or few(*args))
+    layer = model.get_submodule(next(iter(masked)))
+    x = torch.randn(2, 4, layer.in_features, dtype=dtype)
+    expected = torch.nn.functional.linear(x, layer.weight)
+    assert torch.equal(layer(x), expected)  # a gradient may be needed: torch's product
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+        layer(torch.cat((x, x)))
+    held.close()
+    assert len(calls) == 1
 
 
 def test_a_part_of_the_model_saves_its_base_too():
@@ -153,7 +172,7 @@ def test_experts_are_the_parameters_that_they_were(kind):
         held = MasksInPlace(model)
         found = model(input_ids=IDS, use_cache=False).logits
     assert sorted(name for name, _ in model.named_parameters()) == sorted(parameters)
-    assert [type(module) for module in model.modules()] == classes
+    assert all(isinstance(module, own) for module, own in zip(model.modules(), classes, strict=True))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert_same_bits(bits(model.state_dict()), before)
     assert base_hash(model, masked) == whole

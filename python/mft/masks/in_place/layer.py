@@ -7,8 +7,25 @@ from torch import Tensor, nn
 
 from mft.masks.convert import replace_module
 from mft.masks.masked_experts import Layout, layout, restore_layout, unmask_experts
-from mft_kernels import MaskedLayer, MaskedLinear
-from mft_kernels.internal import MaskedInPlace, linear_on, why_lost
+from mft_kernels import MaskedLayer, MaskedLinear, masked_linear_packed
+from mft_kernels.internal import MaskedInPlace, why_lost
+
+FEW = 8  # tokens up to which the kernel for few tokens is faster than torch's product
+
+
+class _Holder(nn.Linear):
+    """An nn.Linear whose weight holds a mask. It generates by the masked kernel, which reads a weight faster."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, held: MaskedInPlace) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.bias, self._mask = weight, bias, held
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_few = x.numel() <= FEW * self.in_features and not torch.is_grad_enabled()
+        if is_few and self._mask.packed is not None and x.dtype == self.weight.dtype != torch.float16:
+            return masked_linear_packed(x, self.weight, self._mask.packed, self.bias)
+        return super().forward(x)
 
 
 class InPlaceLayer:
@@ -31,7 +48,7 @@ class InPlaceLayer:
         self._layout: Layout | None = None
         self._holder: Any
         if isinstance(module, MaskedLinear):
-            self._holder = linear_on(self.parameter, module.bias).train(module.training)
+            self._holder = _Holder(self.parameter, module.bias, self.held).train(module.training)
         else:
             path, _, part = name.rpartition(".")
             self._holder = model.get_submodule(path)
