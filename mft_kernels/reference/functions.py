@@ -58,6 +58,9 @@ def score_grad(sums: Sums) -> None:
     """Compute d_scores and d_weight in place.
 
     d_scores = [d_scores +] (grad_output.T @ x) [* weight] [* sign], d_weight = where(keep, grad_output.T @ x, 0)
+
+    A sum or a sign of 0 times a weight that is NaN or infinite is NaN, also without tokens. An expert without rows
+    gets 0.
     """
     weight, sign, d_scores, offsets = sums.weight, sums.sign, sums.d_scores, sums.offsets
     if offsets is None:

@@ -40,6 +40,16 @@ def test_it_takes_empty_and_odd_shapes(kernels, shape):
     assert_sums_equal_the_reference(kernels, integers(*shape, device=kernels.device), torch.float32)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+@every_form
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_a_factor_of_0_times_a_weight_that_is_not_finite_is_nan(kernels, tokens):
+    """The sum over no tokens is 0, and so is the sign of some scores."""
+    o = integers(tokens, 37, 40)
+    o.weight[:, ::3], o.weight[1, 1] = torch.nan, torch.inf
+    assert_sums_equal_the_reference(kernels, o.to(kernels.device), torch.float32)
+
+
 @every_form
 def test_nan_and_zero_scores_have_no_sign(kernels):
     t = integer_inputs(6, 24, 40, HALF)

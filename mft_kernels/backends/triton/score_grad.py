@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ...operands import Sums
+from ...reference import functions as reference
 from .arguments import aligned, arithmetic, describable, operands, sign_kind, strides, tiled
 from .launch import launch
 from .plan import EPILOGUE_COLUMNS, Problem, outer_tiles
@@ -40,7 +41,8 @@ def store_score_grad(
         value = tl.where(positive, value, -value)
     elif SIGN == "scores":
         s = load_tile(signs, row, column, N, K, stride_sn, stride_sk, BLOCK_N, BLOCK_K, False).to(tl.float32)
-        value = tl.where(s > 0, value, tl.where(s < 0, -value, 0.0))
+        # times 0, not 0: NaN must stay. A product by the sign would take up to 30 registers more (sm_90).
+        value = tl.where(s > 0, value, tl.where(s < 0, -value, value * 0.0))
     if ACCUMULATE:
         value += load_tile(d_scores, row, column, N, K, K, 1, BLOCK_N, BLOCK_K, False).to(tl.float32)
     store_tile(d_scores, value, row, column, N, K, K, 1, BLOCK_N, BLOCK_K)
@@ -135,10 +137,8 @@ def fill_gradients(sums: Sums) -> None:
     m, n, k = *grad.shape, x.shape[1]
     if n == 0 or k == 0:
         return
-    if m == 0:
-        for g in (d_scores, d_weight):
-            if g is not None and not accumulate:
-                g.zero_()
+    if m == 0:  # sums of 0, whose products with a weight that is not finite are NaN
+        reference.score_grad(sums)
         return
     target = target_of(grad.device)
     given = operands(x, None, aligned(grad, x))
