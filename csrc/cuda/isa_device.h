@@ -5,6 +5,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "launch_device.h"
+
 #define MFT_DEVICE __device__ __forceinline__
 
 namespace mft::cuda::isa {
@@ -236,27 +238,12 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerMultiproce
 // Launch on `stream` of the current device, without waiting. Return "" or an error text.
 template <class Kernel>
 std::string launch(const LaunchShape& shape, void* stream, const typename Kernel::Arguments& arguments) {
-  const auto function = &entry<Kernel>;
-  cudaError_t status = cudaSuccess;
-  if (shape.shared_bytes > 48 * 1024) {  // more must be requested
-    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
-  }
-  if (status == cudaSuccess) {
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-    cudaLaunchConfig_t configuration = {};
-    configuration.gridDim = dim3(shape.x, shape.y, shape.z);
-    configuration.blockDim = dim3(Kernel::kThreads);
-    configuration.dynamicSmemBytes = shape.shared_bytes;
-    configuration.stream = static_cast<cudaStream_t>(stream);
-    configuration.attrs = &cluster;
-    configuration.numAttrs = shape.cluster > 1 ? 1 : 0;
-    status = cudaLaunchKernelEx(&configuration, function, arguments);
-  }
-  if (status == cudaSuccess) return "";
-  cudaGetLastError();  // reported here, so clear it for later calls
-  return cudaGetErrorString(status);
+  cudaLaunchConfig_t configuration = {};
+  configuration.gridDim = dim3(shape.x, shape.y, shape.z);
+  configuration.blockDim = dim3(Kernel::kThreads);
+  configuration.dynamicSmemBytes = shape.shared_bytes;
+  configuration.stream = static_cast<cudaStream_t>(stream);
+  return launch_entry<Kernel>(&entry<Kernel>, configuration, dim3(shape.cluster), arguments);
 }
 
 }  // namespace mft::cuda::isa

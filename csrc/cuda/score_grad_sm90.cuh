@@ -30,6 +30,7 @@
 #include <cutlass/gemm/kernel/tile_scheduler_params.h>
 
 #include "api.h"
+#include "launch_device.h"
 #include "score_epilogue_sm90.h"
 #include "score_prefetch_sm90.h"
 
@@ -61,23 +62,13 @@ struct ScoreGradSm90 {
       return "the sm_90 kernel of d_scores does not take this problem: its refusal and CUTLASS disagree";
     }
     const typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
-    const auto function = &cutlass::device_kernel<Kernel>;
-    cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                              Kernel::SharedStorageSize);
-    if (status == cudaSuccess) {
-      cudaLaunchAttribute cluster;
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim = {cute::size<0>(Cluster{}), cute::size<1>(Cluster{}), cute::size<2>(Cluster{})};
-      cudaLaunchConfig_t configuration = {};
-      configuration.gridDim = Kernel::get_grid_shape(params);
-      configuration.blockDim = Kernel::get_block_shape();
-      configuration.dynamicSmemBytes = Kernel::SharedStorageSize;
-      configuration.stream = static_cast<cudaStream_t>(device.stream);
-      configuration.attrs = &cluster;
-      configuration.numAttrs = 1;
-      status = cudaLaunchKernelEx(&configuration, function, params);
-    }
-    return status == cudaSuccess ? "" : cudaGetErrorString(status);
+    cudaLaunchConfig_t configuration = {};
+    configuration.gridDim = Kernel::get_grid_shape(params);
+    configuration.blockDim = Kernel::get_block_shape();
+    configuration.dynamicSmemBytes = Kernel::SharedStorageSize;
+    configuration.stream = static_cast<cudaStream_t>(device.stream);
+    const dim3 cluster(cute::size<0>(Cluster{}), cute::size<1>(Cluster{}), cute::size<2>(Cluster{}));
+    return launch_entry<Kernel>(&cutlass::device_kernel<Kernel>, configuration, cluster, params);
   }
 
   static typename Kernel::Arguments arguments_of(const ScoreGrad& problem, const Device& device) {

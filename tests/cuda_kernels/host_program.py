@@ -6,8 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import emulated
+import pytest
 
-from building.compile import Unit
+from building.compile import CannotBuild, Unit, system_headers
+from building.nvcc import find_nvcc
+
+
+def cuda_headers() -> list[str]:
+    """Return flags for CUDA's headers; skip if they are missing."""
+    try:
+        return system_headers(find_nvcc().include)
+    except CannotBuild as reason:
+        pytest.skip(f"CUDA's headers are needed: {reason}")
 
 
 def built(name: str) -> Path:

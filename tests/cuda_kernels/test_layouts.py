@@ -4,10 +4,10 @@ CuTe and CUTLASS run on the host. They need their headers and CUDA's, but no nvc
 """
 
 import pytest
-from host_program import built, run
+from host_program import built, cuda_headers, run
 
-from building.compile import CannotBuild, system_headers
-from building.nvcc import find_cutlass, find_nvcc
+from building.compile import system_headers
+from building.nvcc import find_cutlass
 
 
 def cute_headers() -> list[str]:
@@ -15,10 +15,7 @@ def cute_headers() -> list[str]:
     cutlass = find_cutlass()
     if cutlass is None:
         pytest.skip("CuTe is compared with: set CUTLASS_PATH, or pip install nvidia-cutlass")
-    try:
-        return system_headers([cutlass[1], *find_nvcc().include])
-    except CannotBuild as reason:
-        pytest.skip(f"CuTe needs CUDA's headers: {reason}")
+    return [*system_headers([cutlass[1]]), *cuda_headers()]
 
 
 def test_the_emulator_executes_what_cute_describes():
