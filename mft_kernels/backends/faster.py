@@ -29,20 +29,34 @@ TABLE = Path(__file__).parents[1] / "faster.json"
 OF_TOKENS = frozenset({"product", "score_grad", "gradients"})
 
 
-def where_faster(
-    op: str, function: str, device: torch.device, dtypes: tuple[torch.dtype, ...], run: Callable, faster: Callable
-) -> Callable:
-    """Return ``run``, or a function that calls ``faster`` instead for the sizes at which the table says so."""
-    sizes = _sizes(op, device, dtypes)
-    if not any(sizes.values()):
+def where_faster(call: Any, run: Callable, faster: Callable) -> Callable:
+    """Return ``run``, or a function that calls ``faster`` instead for the sizes at which the table says so.
+
+    call: a Request of table.py.
+    """
+    sizes = _sizes(call).get(tuple(map(_name, call.dtypes)))
+    if sizes is None:
         return run
-    logger.info("%s on %s: cuda for the sizes that faster.json lists as faster: %s", op, device, sizes)
-    measured = sorted(sizes)
+    logger.info("%s on %s: cuda for the sizes that faster.json lists as faster: %s", call.op, call.device, sizes)
 
     @functools.wraps(run)
     def either(first: Any, *arguments: Any, **named: Any) -> Any:
-        chosen = faster if _is_faster(size_of(function, first), measured, sizes) else run
+        chosen = faster if _is_faster(size_of(call.function, first), sizes) else run
         return chosen(first, *arguments, **named)
+
+    return either
+
+
+def unless_faster(call: Any, short: Callable) -> Callable:
+    """Return ``short``, a short way, or a function that declines where cuda is faster for scores of some dtype."""
+    some = [sizes for dtypes, sizes in _sizes(call).items() if dtypes[0] == _name(call.dtypes[0])]
+    if not some:
+        return short
+    place = 1 if call.function == "score_grad" else 0  # of the tokens; before them the output
+
+    def either(*given: Any) -> Any:
+        tokens = given[place].shape[:-1].numel()
+        return None if any(_is_faster(tokens, sizes) for sizes in some) else short(*given)
 
     return either
 
@@ -55,24 +69,30 @@ def size_of(function: str, first: Any) -> int:
     return tokens.shape[:-1].numel()
 
 
-def _is_faster(size: int, measured: list[int], sizes: Mapping[int, bool]) -> bool:
+def _is_faster(size: int, sizes: Mapping[int, bool]) -> bool:
+    measured = list(sizes)
     at = bisect_left(measured, size)
     if at == len(measured) or (at == 0 and measured[0] != size):
         return False
     return sizes[measured[at]] and (measured[at] == size or sizes[measured[at - 1]])
 
 
-def _sizes(op: str, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> dict[int, bool]:
+def _sizes(call: Any) -> dict[tuple[str, ...], dict[int, bool]]:
+    """Return what the table says of an op on a device, by dtypes; sizes in their order, at least one of them faster."""
     table = _table()
     if not table or table.get("triton") != installed_triton():
         return {}
-    if table.get("capability") != list(torch.cuda.get_device_capability(device)):
+    if table.get("capability") != list(torch.cuda.get_device_capability(call.device)):
         return {}
-    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    for entry in table["ops"]:
-        if (entry["op"], entry["dtypes"]) == (op, names):
-            return {int(size): bool(faster) for size, faster in entry["sizes"].items()}
-    return {}
+    return {
+        tuple(entry["dtypes"]): {int(size): entry["sizes"][size] for size in sorted(entry["sizes"], key=int)}
+        for entry in table["ops"]
+        if entry["op"] == call.op and any(entry["sizes"].values())
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache

@@ -205,10 +205,10 @@ def _find(call: Request, requested: str, source: str) -> Callable:
     if requested == "auto":
         backend = _automatic(call)
         run = backend.function(call.function, automatic=True)
-        chosen = _or_faster(call, run)
-        if chosen is run and call.op in backend.short:  # a short way never takes CUDA's kernels
-            short_ways[call.op, call.dtypes[0]] = backend.short[call.op]
-        return chosen
+        is_timed = call.device.type == "cuda" and _refusal("cuda", call) is None
+        if short := backend.short.get(call.op):
+            short_ways[call.op, call.dtypes[0]] = faster.unless_faster(call, short) if is_timed else short
+        return faster.where_faster(call, run, _TABLE["cuda"].function(call.function)) if is_timed else run
     if requested not in _names():
         raise ValueError(
             f"{source} must be one of {('auto', *_names())}, got {requested!r}; import the module that registers "
@@ -242,14 +242,6 @@ def _automatic(call: Request) -> Backend:
             return _TABLE[name]
         refusals.append((name, reason))
     raise AssertionError(f"the reference backend must serve every function, but refuses {call}")
-
-
-def _or_faster(call: Request, run: Callable) -> Callable:
-    """Return what "auto" runs: ``run``, or CUDA's kernel for sizes at which a stored measurement says it is faster."""
-    if call.device.type != "cuda" or _refusal("cuda", call) is not None:
-        return run
-    cuda = _TABLE["cuda"].function(call.function)
-    return faster.where_faster(call.op, call.function, call.device, call.dtypes, run, cuda)
 
 
 def _announce(call: Request, chosen: str, refusals: list[tuple[str, str]]) -> None:

@@ -180,17 +180,22 @@ def test_auto_takes_cuda_at_the_sizes_at_which_it_is_faster_and_between_them(car
     assert card(2048, dtypes=(BF16, torch.float32)) == "triton"  # no other mask was timed
 
 
-def test_the_short_way_of_few_tokens_does_not_pass_by_the_table(card, stored, monkeypatch):
-    """Triton's short way takes every call of an op; without the table, CUDA's decode kernel would never be asked."""
-    triton = replace(backends._TABLE["triton"], short={"masked_linear": lambda *_: None})
+@pytest.mark.parametrize("first", [BF16, torch.float32], ids=str)
+def test_a_short_way_leaves_to_the_table_only_the_sizes_at_which_cuda_is_faster(card, stored, monkeypatch, first):
+    """Whichever call found it: a short way serves scores of all dtypes."""
+    triton = replace(backends._TABLE["triton"], short={"masked_linear": lambda *_: "short"})
     monkeypatch.setitem(backends._TABLE, "triton", triton)
     monkeypatch.setattr(backends, "short_ways", {})
-    assert card(1024) == "triton"
-    assert ("masked_linear", BF16) in backends.short_ways
+
+    def short(tokens):
+        return backends.short_ways["masked_linear", BF16](torch.empty(2, tokens // 2, 4))
+
+    assert (card(1024, (BF16, first)), short(1024)) == ("triton", "short")
     backends.short_ways.clear()
-    stored({"1024": True, "4096": True})
-    assert (card(2), card(1024)) == ("triton", "cuda")
-    assert not backends.short_ways
+    stored({"512": False, "1024": True, "4096": True, "8192": False})
+    assert card(2, (BF16, first)) == "triton"
+    assert [tokens for tokens in (2, 512, 1024, 2048, 4096, 8192) if short(tokens) is None] == [1024, 2048, 4096]
+    assert card(1024) == "cuda"
 
 
 @pytest.mark.parametrize("changes", [{"capability": [8, 0]}, {"capability": None}, {"triton": "3.0"}])
