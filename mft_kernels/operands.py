@@ -152,6 +152,29 @@ class Sums(NamedTuple):
     keep: Keep | None = None
 
 
+def rates_of(
+    step: Any, lr: Any, beta1: float, beta2: float, weight_decay: float, in_8_bits: bool
+) -> tuple[Any, Any, Any]:
+    """Return (decay, step_size, correction) of a step, or of many, by its number.
+
+    decay is the factor by which weight decay multiplies the scores. step_size is the learning rate with the bias
+    correction of the first moment. correction is that of the second moment's root: a factor for 8-bit moments, a
+    divisor for exact ones.
+    """
+    return 1 - lr * weight_decay, lr / (1 - beta1**step), (1 - beta2**step) ** (-0.5 if in_8_bits else 0.5)
+
+
+def clocks_of(steps: Tensor, lr: Tensor, *schedule: Any) -> Tensor:
+    """Return what changes from step to step, for kernels to read from memory: int32 (len(steps), 4).
+
+    A row is the step's number and the bits of decay, -step_size and correction in fp32. They are computed in double,
+    like the numbers. schedule: see rates_of.
+    """
+    decay, step_size, correction = rates_of(steps.double(), lr.double(), *schedule)
+    factors = torch.stack((decay.expand_as(steps), -step_size, correction), 1).float()
+    return torch.cat((steps.to(torch.int32).view(-1, 1), factors.view(torch.int32)), 1)
+
+
 @dataclass(frozen=True)
 class Update:
     """One optimiser step on a matrix of scores, in place; see score_step for each field.
@@ -165,7 +188,7 @@ class Update:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     scales: Tensor | None
-    step: Any  # step and lr: numbers, or tensors () on the scores' device
+    step: Any  # step and lr: numbers, or tensors () on the scores' device; step may also be a row of clocks_of
     lr: Any
     beta1: float
     beta2: float
@@ -178,19 +201,13 @@ class Update:
     threshold: Tensor | None
 
     @property
-    def step_size(self) -> float:
-        """Learning rate with the bias correction of the first moment."""
-        return self.lr / (1 - self.beta1**self.step)
+    def rates(self) -> tuple[Any, Any, Any]:
+        """See rates_of."""
+        return rates_of(self.step, self.lr, *self._schedule)
 
     @property
-    def correction(self) -> float:
-        """Bias correction of the second moment's root: a divisor for exact moments, a factor for 8-bit ones."""
-        return (1 - self.beta2**self.step) ** (0.5 if self.scales is None else -0.5)
-
-    @property
-    def decay(self) -> float:
-        """The factor by which weight decay multiplies the scores."""
-        return 1 - self.lr * self.weight_decay
+    def _schedule(self) -> tuple[float, float, float, bool]:
+        return self.beta1, self.beta2, self.weight_decay, self.scales is not None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Return scores, gradient, weight, moments and scales, all contiguous."""
@@ -201,20 +218,16 @@ class Update:
         """Return this update with numbers for step and lr. The host may wait for them."""
         if not isinstance(self.step, Tensor):
             return self
-        return replace(self, step=int(self.step), lr=float(self.lr))
+        return replace(self, step=int(self.step.view(-1)[0]), lr=float(self.lr))
 
     def by_clock(self) -> tuple["Update", Tensor | None]:
         """Return this update with numbers for step and lr, and the clock. With a clock, the numbers do not count.
 
-        The clock holds what changes from step to step, for kernels to read from memory: int32 (4,), the step's number
-        and the bits of decay, -step_size and correction in fp32. They are computed in double, like the numbers. The
-        clock is None if step and lr are numbers already.
+        The clock, int32 (4,), is a row of clocks_of. It is None if step and lr are numbers already.
         """
         if not isinstance(self.step, Tensor):
             return self, None
-        now: Any = replace(self, step=self.step.double(), lr=self.lr.double())
-        factors = torch.stack((now.decay, -now.step_size, now.correction)).float()
-        clock = torch.cat((self.step.to(torch.int32).view(1), factors.view(torch.int32)))
+        clock = self.step if self.step.dim() else clocks_of(self.step.view(1), self.lr, *self._schedule)[0]
         return replace(self, step=1, lr=0.0), clock
 
     @property

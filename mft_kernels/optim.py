@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from .mask.scores import Scores
+from .operands import clocks_of
 from .ops.checks import BLOCK, check_adam, check_mode, check_stepped
 from .ops.select import select_mask
-from .ops.step import score_step
+from .ops.step import scalar_of, score_step
 from .page_locked import empty_locked, zeros_locked
 from .shards import bands_of, check_spread, is_spread, rows_here, split_bands, spread_like
 
@@ -41,7 +42,8 @@ class MaskAdamW(Optimizer):
         seed: in [0, 2^31).
         capturable: count the steps on the device, so that each replay of a CUDA graph with a captured step counts too.
             lr may then be a tensor () on that device, which each replay reads; a number keeps its value of the capture.
-            Each parameter must take a step before the capture, which makes its moments.
+            Each parameter must take a step before the capture, which makes its moments. step() then launches about 20
+            small kernels per group, and one or more per parameter; step_one() launches them for its parameter alone.
     Each group may have its own lr, betas, eps, weight_decay, moments, mode, seed and capturable.
     Raises: ValueError or TypeError, naming the option. ValueError for parameters that are not spread by rows, or not in
         whole bands.
@@ -105,9 +107,14 @@ class MaskAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._step(p, rows_here(p.grad), None, self.tensors(p), {})
+            params, done = [p for p in group["params"] if p.grad is not None], []
+            tensors = [self.tensors(p) for p in params]
+            try:
+                for p, own, now in zip(params, tensors, self._next(group, params)):
+                    self._step(p, rows_here(p.grad), None, own, {}, now)
+                    done.append(p)
+            finally:
+                self._count(done)
         return loss
 
     @torch.no_grad()
@@ -134,7 +141,11 @@ class MaskAdamW(Optimizer):
         Raises: ValueError if p is not one of params.
         """
         asked = {"grad_scale": grad_scale, "keep_ratio": keep_ratio, "threshold": threshold}
-        return self._step(p, grad, weight, self.tensors(p) if tensors is None else tensors, asked)
+        tensors = self.tensors(p) if tensors is None else tensors
+        (now,) = self._next(self._place(p)[0], [p])
+        result = self._step(p, grad, weight, tensors, asked, now)
+        self._count([p])
+        return result
 
     def tensors(self, p: Tensor) -> dict[str, Tensor]:
         """Return what a step of p updates: "scores" (p itself), "exp_avg", "exp_avg_sq" and, in 8 bits, "scales".
@@ -202,9 +213,43 @@ class MaskAdamW(Optimizer):
                 place += 1
         raise ValueError(f"p must be one of the optimiser's parameters, got another tensor of shape {tuple(p.shape)}")
 
+    def _next(self, group: dict[str, Any], params: list[Tensor]) -> list[tuple[Any, Any]]:
+        """Return step and lr of the next score_step of each of a group's params.
+
+        Steps that are counted on the device share the launches that make their clocks.
+        """
+        on_device: dict[tuple, list[Tensor]] = {}
+        for p in params:
+            if isinstance(self.state[p]["step"], Tensor):
+                on_device.setdefault((p.device, "scales" in self.state[p]), []).append(p)
+        clocks: dict[Tensor, tuple[Any, Any]] = {}
+        for (_, in_8_bits), some in on_device.items():
+            lr = scalar_of("lr", group["lr"], some[0])
+            steps = torch.stack([self.state[p]["step"] for p in some]) + 1
+            rows = clocks_of(steps, lr, *group["betas"], group["weight_decay"], in_8_bits)
+            clocks |= {p: (row, lr) for p, row in zip(some, rows)}
+        return [clocks.get(p) or (self.state[p]["step"] + 1, group["lr"]) for p in params]
+
+    def _count(self, params: list[Tensor]) -> None:
+        on_device = []
+        for state in map(self.state.__getitem__, params):
+            if isinstance(state["step"], Tensor):
+                on_device.append(state["step"])
+            else:
+                state["step"] += 1
+        if on_device:
+            torch._foreach_add_(on_device, 1)
+
     def _step(
-        self, p: Tensor, grad: Tensor, weight: Tensor | None, tensors: dict[str, Tensor], asked: dict[str, Any]
+        self,
+        p: Tensor,
+        grad: Tensor,
+        weight: Tensor | None,
+        tensors: dict[str, Tensor],
+        asked: dict[str, Any],
+        now: tuple[Any, Any],
     ) -> tuple[Tensor, Tensor] | None:
+        """Take the step with the number and rate ``now``, without counting it."""
         group, place = self._place(p)
         if _is_captured():
             if not group["capturable"]:
@@ -221,7 +266,6 @@ class MaskAdamW(Optimizer):
                 f"keep_ratio must be None for scores that are spread over processes, got {asked['keep_ratio']}: a "
                 "threshold needs the scores of all processes; see mask/shared_threshold.py"
             )
-        state = self.state[p]
         of_each = asked.get("keep_ratio") if tensors["scores"].dim() == 3 else None
         if of_each is not None:
             asked = asked | {"keep_ratio": None, "threshold": None}
@@ -229,8 +273,8 @@ class MaskAdamW(Optimizer):
         for key, of_part in _parts(p, place, (tensors["scores"].detach(), grad, weight), tensors):
             result = score_step(
                 *of_part,
-                step=state["step"] + 1,
-                lr=group["lr"],
+                step=now[0],
+                lr=now[1],
                 betas=group["betas"],
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
@@ -238,7 +282,6 @@ class MaskAdamW(Optimizer):
                 mode=group["mode"],
                 **asked,
             )
-        state["step"] += 1
         if of_each is None:
             return result
         return select_mask(tensors["scores"], of_each, None, group["mode"], with_signs=False)[:2]

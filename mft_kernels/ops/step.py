@@ -54,7 +54,8 @@ def score_step(
         exp_avg, exp_avg_sq: (N, K), contiguous, changed in place. fp32 for the exact scheme (scales None), which equals
             torch.optim.AdamW bit for bit; uint8 for the 8-bit scheme, whose moments do not include the factor weight.
         scales: fp32 (2, ceil(N * K / 256)): of exp_avg and exp_avg_sq, one per block of 256 consecutive elements.
-        step: the number of this step, from 1, or a tensor () on the scores' device.
+        step: the number of this step, from 1, or a tensor () on the scores' device. An optimiser of many matrices may
+            give a row of operands.clocks_of, and lr as a tensor.
         lr: score units per step, or a tensor () on the scores' device. Kernels read such tensors when they run, so each
             replay of a captured CUDA graph uses the values of that moment.
         grad_scale: () fp32 on grad's device: a factor of grad, for instance from gradient clipping.
@@ -70,7 +71,7 @@ def score_step(
     """
     op = _SCORE_STEP
     if isinstance(step, Tensor) or isinstance(lr, Tensor):
-        op, step, lr = _ON_DEVICE, _scalar("step", step, scores), _scalar("lr", lr, scores)
+        op, step, lr = _ON_DEVICE, scalar_of("step", step, scores, (4,)), scalar_of("lr", lr, scores)
     found, packed = op(
         scores,
         grad,
@@ -117,14 +118,17 @@ def _step(call: Any) -> tuple[Tensor, Tensor]:
     return choose("step", update.scores.device, dtypes, call.backend, op="score_step")(update)
 
 
-def _scalar(name: str, value: float | Tensor, scores: Tensor) -> Tensor:
-    """Return value as a tensor () on the scores' device. Raises: TypeError or ValueError, naming the argument."""
+def scalar_of(name: str, value: float | Tensor, scores: Tensor, clock: tuple[int, ...] = ()) -> Tensor:
+    """Return value as a tensor () on the scores' device, or of the shape ``clock`` if it is a tensor of that shape.
+
+    Raises: TypeError or ValueError, naming the argument.
+    """
     if not isinstance(value, Tensor):
         check_number(name, value)
         dtype = torch.int64 if isinstance(value, int) else torch.float64
         return torch.full((), value, dtype=dtype, device=scores.device)
     check_tensor(name, value)
-    if value.dim() != 0:
+    if value.shape not in ((), clock):
         raise ValueError(f"{name} must be a number or a scalar (), got {tuple(value.shape)}")
     check_device(name, value, "scores", scores)
     return value

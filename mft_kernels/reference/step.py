@@ -42,19 +42,20 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
     update = update.on_host()
     scores, weight, scales = update.scores, update.weight, update.scales
     exp_avg, exp_avg_sq, beta1, beta2 = update.exp_avg, update.exp_avg_sq, update.beta1, update.beta2
+    decay, step_size, correction = update.rates
     words = None
     if scales is not None or scores.dtype != torch.float32:
         words = random_words(scores.numel(), update.seed, update.step, scores.device)
     factor = _sign(scores) if weight is not None and update.magnitude else None
     wide = widen_scores(scores)
     if update.weight_decay != 0:
-        wide.mul_(update.decay)
+        wide.mul_(decay)
     if scales is None:
         g = _gradient(update.grad, weight, factor, update.grad_scale)
         exp_avg.lerp_(g, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        denominator = (exp_avg_sq.sqrt() / update.correction).add_(update.eps)
-        wide.addcdiv_(exp_avg, denominator, value=-update.step_size)
+        denominator = (exp_avg_sq.sqrt() / correction).add_(update.eps)
+        wide.addcdiv_(exp_avg, denominator, value=-step_size)
     else:
         assert words is not None, "the 8-bit scheme rounds stochastically"
         h = _gradient(update.grad, None, factor, update.grad_scale)
@@ -64,8 +65,8 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
         if weight is not None:
             w = weight.float()
             root, moved = root * w.abs(), m * w
-        denominator = root * update.correction + update.eps
-        wide += (moved * -update.step_size) / denominator
+        denominator = root * correction + update.eps
+        wide += (moved * -step_size) / denominator
         exp_avg.copy_(encode(m, scales[0], (words >> 16) & 0xFF, MEAN_BIAS, MEAN_CODES))
         exp_avg_sq.copy_(encode(v, scales[1], words >> 24, SQUARE_BIAS, SQUARE_CODES))
     if wide is not scores:

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from score_steps import normal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mft_kernels import MaskAdamW, MaskedLinear, fixed_from_float, kept_threshold, pack_mask
 from mft_kernels.backends import cpu
@@ -201,6 +202,65 @@ def test_only_a_capturable_step_is_captured(captured, capturable):
                 step()
     assert optimizer.state[scores]["step"] == (3 if capturable else 1)
     assert not capturable or optimizer.state[scores]["step"] is counter  # which a replay increments
+
+
+class Launches(TorchDispatchMode):
+    """Counts the ops that are not views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3)], ids=["number", "tensor"])
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_a_step_counted_on_the_device_launches_one_op_per_further_matrix(monkeypatch, moments, lr):
+    inside = Launches()
+
+    def kernel(update):
+        with inside:
+            _, clock = update.by_clock()
+        assert clock[0] == 2
+        return update.scores.new_empty(0), update.scores.new_empty(0, dtype=torch.int32)
+
+    def launches(matrices):
+        params = [parameter((2, 3)) for _ in range(matrices)]
+        for p in params:
+            p.grad = torch.ones(2, 3)
+        optimizer = MaskAdamW(params, moments=moments, lr=lr, capturable=True)
+        optimizer.step()
+        inside.count = 0
+        with monkeypatch.context() as patch, Launches() as outside:
+            patch.setattr("mft_kernels.ops.step.choose", lambda *_, **__: kernel)
+            optimizer.step()
+        assert all(optimizer.state[p]["step"] == 2 for p in params)
+        return inside.count + outside.count
+
+    one = launches(1)
+    assert one <= 21
+    assert launches(6) == one + 5
+
+
+def test_matrices_of_a_group_keep_clocks_of_their_own():
+    """One has missed steps, and one is refused, which counts for none but those before it."""
+    ours = [parameter((4, 300), torch.bfloat16, seed) for seed in range(3)]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    optimizers = [MaskAdamW(params, capturable=on) for params, on in ((ours, True), (theirs, False))]
+    for i in range(4):
+        for params, optimizer in zip((ours, theirs), optimizers):
+            for place, p in enumerate(params):
+                p.grad = None if place == 1 and i % 2 else gradient(i + place, p.shape).to(p.dtype)
+            if i == 3:
+                params[2].grad = params[2].grad.to_sparse()
+                with pytest.raises(TypeError, match="grad must be dense"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+    assert [int(optimizers[0].state[p]["step"]) for p in ours] == [4, 2, 3]
+    assert [optimizers[1].state[p]["step"] for p in theirs] == [4, 2, 3]
+    assert all(map(torch.equal, ours, theirs))
 
 
 def test_moments_are_not_made_in_a_capture(captured):

@@ -93,10 +93,10 @@ def step(update: Update) -> tuple[Tensor, Tensor]:
     3 % away from the next.
     """
     update = update.on_host()
-    scores = update.scores
+    scores, (decay, step_size, correction) = update.scores, update.rates
     found = built.cpu_ops.score_step_(
         *update.tensors(),
-        *(update.step, update.step_size, update.beta1, update.beta2, update.correction, update.eps, update.decay),
+        *(update.step, step_size, update.beta1, update.beta2, correction, update.eps, decay),
         *(update.grad_scale, update.seed),
         update.magnitude and update.weight is not None,
         -1 if update.keep_ratio is None else kept_count(scores.numel(), update.keep_ratio),

@@ -45,6 +45,7 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
     Both are empty without a keep_ratio. Gradient and weight are copied if they are not contiguous.
     """
     update, clock = update.by_clock()
+    decay, step_size, correction = update.rates
     scores, keep_ratio, mode = update.scores, update.keep_ratio, update.mode
     target = target_of(scores.device)
     # As integers: the interpreter has no bf16 arithmetic, and int16 is not a float.
@@ -69,13 +70,13 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
         _signed(update.step),
         _signed(update.seed),
         _signed(update.seed >> 32),
-        float(update.decay),
+        float(decay),
         float(update.beta1),
         1.0 - update.beta1,
         float(update.beta2),
         1.0 - update.beta2,
-        -update.step_size,
-        update.correction,
+        -step_size,
+        correction,
         float(update.eps),
         FORMAT={torch.float32: "fp32", torch.bfloat16: "bf16", torch.int16: "fixed"}[scores.dtype],
         FROM_END=1.0 - update.beta1 >= 0.5,
