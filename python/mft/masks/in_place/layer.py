@@ -19,7 +19,8 @@ class _Holder(nn.Linear):
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, held: MaskedInPlace) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.weight, self.bias, self._mask = weight, bias, held
+        self.weight, self._mask = weight, held
+        self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         is_few = x.numel() <= FEW * self.in_features and not torch.is_grad_enabled()
