@@ -20,15 +20,13 @@ struct Rates {
   double multiply_adds;  // of mma.sync, 16-bit; on 9.0 and 10.x an estimate, half of wgmma's and a quarter of tcgen05's
   double memory;         // bytes
   double launch;         // cycles of one more launch: 2 us
-  // Bytes from L2. On 9.0, 6.2 TB/s for an H100: the rate at which a plain GEMM that reaches 790 TFLOP/s reads from L2,
-  // in tiles of 128 x 256 whose columns two blocks of a cluster share. Its white paper gives no figure.
-  double l2 = 40;
+  double l2 = 36;        // bytes from L2; cards.py says where it is from
 };
 
 inline Rates rates_of(int capability) {
   if (capability >= 120) return {256, 4.4, 4800};
   if (capability >= 100) return {1024, 29, 3700};
-  if (capability >= 90) return {1024, 14, 3700, 25.6};
+  if (capability >= 90) return {1024, 14, 3700};
   return capability == 80 ? Rates{1024, 13.4, 2800} : Rates{256, 3.1, 5000};
 }
 

@@ -117,4 +117,4 @@ def test_what_is_known_of_an_architecture_is_what_is_published_of_its_cards():
         assert multiply_adds == card.multiply_adds * {90: 1 / 2, 100: 1 / 4}.get(card.arch, 1)
         assert memory == pytest.approx(card.bandwidth / card.clock / card.multiprocessors, rel=0.3), card.name
         assert launch == pytest.approx(LAUNCH * card.clock, rel=0.15), card.name
-        assert l2 == (25.6 if card.arch == 90 else card.l2_rate)
+        assert l2 == card.l2_rate
