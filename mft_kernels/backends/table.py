@@ -216,7 +216,8 @@ def _find(call: Request, requested: str, source: str) -> Callable:
         )
     reason = _refusal(requested, call)
     if reason is not None:
-        raise RuntimeError(f"{source}={requested!r} cannot serve {call.op}: {reason}; use 'auto' or 'reference'")
+        other = next(name for name in _order if _refusal(name, call) is None)
+        raise RuntimeError(f"{source}={requested!r} cannot serve {call.op}: {reason}; use 'auto' or {other!r}")
     return _TABLE[requested].function(call.function)
 
 

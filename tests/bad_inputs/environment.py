@@ -85,7 +85,7 @@ triton without a gpu
     without(patch, "triton", triton._unavailable())
     masked_linear(*arguments, backend="triton")
     -> RuntimeError: backend='triton' cannot serve masked_linear | TRITON_INTERPRET=1 runs the kernels on the CPU
-        | no GPU found by torch | use 'auto' or 'reference'
+        | no GPU found by torch | use 'auto' or 'cpu'
 no triton
     patch.setattr(importlib.util, "find_spec", lambda name: None)
     without(patch, "triton", triton._unavailable())
@@ -101,7 +101,7 @@ a triton that is too old
 a gpu that is too old
     without(patch, "cuda", cuda._capability_refusal(75, ["sm_80", "sm_90", "compute_80"]))
     masked_linear(*arguments, backend="cuda")
-    -> RuntimeError: backend='cuda' | it needs compute capability 8.0 or newer | got 7.5 | use 'auto' or 'reference'
+    -> RuntimeError: backend='cuda' | it needs compute capability 8.0 or newer | got 7.5 | use 'auto' or 'cpu'
 a driver that is too old
     without(patch, "cuda", cuda._driver_refusal(13000, 12040))
     masked_linear(*arguments, backend="cuda")

@@ -31,7 +31,7 @@ def test_the_verb_prints_a_table_and_the_choice():
         *("--micro-batch", "1", "--memory", "auto", "--gpu", "24GB"),
     )
     assert "llama2-7b, layers 4-7, 1 x 4096 tokens, on a GPU" in output
-    assert "memory: resident. it is the fastest way that fits; plain cannot be taken" in output
+    assert "memory: resident. it is the fastest way that fits; in_place cannot be taken" in output
     assert "quantized, which auto does not choose because it changes the base, would fit in 7.8 GB" in output
     assert "are not measured: they assume a card that sustains 150 TFLOP/s" in output
     rows = {line[:16].strip(): line[16:].split() for line in output.splitlines()}
@@ -109,7 +109,7 @@ def test_a_config_file_and_a_directory(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     for name in (tmp_path, tmp_path / "config.json"):
         output = done(*PAPER, "--model", str(name), "--gpu", "24GB", "--json")
-        expected = estimate(shape_from_config(SMALL), Workload(memory="plain"))
+        expected = estimate(shape_from_config(SMALL), Workload(memory="in_place"))
         assert json.loads(output)["device_peak_gb"] == expected.device_peak / 1e9
 
 

@@ -56,6 +56,15 @@ def test_a_backend_from_outside_is_taken_where_it_is_asked_for(own_table, monkey
     assert backends.choose("select", CPU, FLOATS) is print
 
 
+def test_a_refused_request_names_the_backend_that_auto_would_take(own_table):
+    """MFT_KERNELS=cuda for a function that only Triton has, on a GPU."""
+    gpus = frozenset({"cuda"})
+    for name, function in (("cuda", "select"), ("triton", "pack")):
+        backends._TABLE[name] = backends.Backend(name, gpus, frozenset(), {function: print})
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot serve pack: it has no pack; use 'auto' or 'triton'"):
+        backends.choose("pack", torch.device("cuda"), FLOATS, "cuda")
+
+
 def test_auto_asks_a_backend_from_outside_that_has_a_place(own_table):
     others = backends.choose("pack", CPU, FLOATS)
     assert backends.choose("select", CPU, FLOATS) is not print  # this choice must not survive the registration

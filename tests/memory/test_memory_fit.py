@@ -14,10 +14,11 @@ from mft.memory.workload import Workload
 def test_auto_takes_the_fastest_that_fits():
     workload = Workload(layers=LOCAL)
     ways = [choose(SEVEN, workload, gb * 1e9).way for gb in (80, 24, 17.2, 16.5, 4, 2)]
-    assert ways == ["plain", "resident", "resident", "layerwise", "layerwise", None]
+    assert ways == ["in_place", "resident", "resident", "layerwise", "layerwise", None]
+    assert choose(SEVEN, replace(workload, device="cpu"), 80e9).way == "plain"
     choice = choose(SEVEN, workload, 24e9)
     assert tuple(choice.estimates) == WAYS
-    assert "plain cannot be taken: needs 42.8 GB" in choice.reason
+    assert "in_place cannot be taken: needs " in choice.reason
     assert "quantized" not in choice.refusals
 
 
@@ -90,10 +91,12 @@ def test_what_is_asked_for_at_once_is_never_changed():
 
 
 def test_an_explicit_way_is_refused_if_it_does_not_fit():
-    choice = choose(SEVEN, Workload(layers=LOCAL, memory="resident"), 16e9)
-    assert choice.way is None
-    needed = gigabytes(choice.estimates["resident"].device_peak)
-    assert choice.reason.startswith(f"nothing fits: resident: needs {needed} (and 0.6 GB for the context) of 16.0 GB")
+    for way in ("in_place", "resident"):
+        choice = choose(SEVEN, Workload(layers=LOCAL, memory=way), 16e9)
+        assert choice.way is None
+        needed = choice.estimates[way].device_peak
+        said = f"{way}: needs {gigabytes(needed)} (and 0.6 GB for the context) of 16.0 GB"
+        assert choice.reason.startswith(f"nothing fits: {said}, {gigabytes(needed + 0.6e9 - 16e9)} missing, in ")
     assert choice.nearest == Workload(layers=LOCAL, memory="layerwise")
     assert choose(SEVEN, Workload(layers=LOCAL, memory="resident"), 24e9).way == "resident"
 
@@ -135,7 +138,7 @@ def test_a_quantised_base_of_which_nothing_would_be_quantised_is_refused():
 
 
 def test_ways_that_the_engines_refuse():
-    assert choose(SEVEN, Workload(layers=LOCAL, scores="int16"), 80e9).way == "resident"
+    assert choose(SEVEN, Workload(layers=LOCAL, scores="int16"), 80e9).way == "in_place"
     clipped = choose(SEVEN, Workload(layers=LOCAL, clipping=True), 8e9)
     assert clipped.refusals["layerwise"] == "it has no global gradient norm to clip"
     assert clipped.way is None

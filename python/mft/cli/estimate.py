@@ -31,7 +31,7 @@ ASSUMED = {
 _OPTIONS = {"micro_batch": "micro-batch", "quantize_masked": "quantize-masked", "batches_at_once": "batches-at-once"}
 STEP = ("sequence", "micro_batch", "accumulation")  # the size of a step, for which alone the numbers hold
 _KINDS = (
-    *("weights", "masks", "gradients", "states", "activations"),
+    *("weights", "masks", "dropped", "gradients", "states", "activations"),
     *("logits", "boundaries", "staging", "sums", "gathered", "unsummed", "base", "workspace"),
 )
 

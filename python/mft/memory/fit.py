@@ -156,7 +156,8 @@ def _shortage(found: Estimate, device: str, device_bytes: float | None, host_byt
     needed = found.device_peak + RESERVE[device]
     if device_bytes is not None and needed > device_bytes:
         with_reserve = f" (and {gigabytes(RESERVE[device])} for the context)" if RESERVE[device] else ""
-        return f"needs {gigabytes(found.device_peak)}{with_reserve} of {gigabytes(device_bytes)}, in {found.phase}"
+        sizes = f"{gigabytes(found.device_peak)}{with_reserve} of {gigabytes(device_bytes)}"
+        return f"needs {sizes}, {gigabytes(needed - device_bytes)} missing, in {found.phase}"
     if host_bytes is not None and found.host_needed > host_bytes:
         when = "" if found.host_peak > host_bytes else ", while the weights are loaded"
         return f"needs {gigabytes(found.host_needed)} of the host's {gigabytes(host_bytes)}{when}"

@@ -27,6 +27,7 @@ class Way:
     offloads = True  # whether scores, moments and the boundaries between layers are kept in host memory
     holds_all_rows = False  # whether its memory grows with a step's micro-batches
     spreads = False  # whether it spreads a model over processes
+    is_for_auto = True  # whether memory: auto considers it
 
     def base(self, asked: str | None) -> str | None:
         """Return the format of the base that the mode uses if this one is asked for; None for exact weights."""
@@ -39,10 +40,6 @@ class Way:
         quantization = self.base(workload.quantization)
         masked = workload.quantize_masked and quantization is not None
         return replace(workload, memory=self.name, quantization=quantization, quantize_masked=masked)
-
-    def is_for_auto(self, device: str) -> bool:
-        """Whether memory: auto considers the mode on a device of this type."""
-        return True
 
     def obstacle(self, workload: Workload, quantized: int) -> str | None:
         """Return why the engines refuse the mode with this number of quantised linears, or None."""
@@ -138,9 +135,6 @@ class InPlace(Plain):
 
     name = "in_place"
 
-    def is_for_auto(self, device: str) -> bool:
-        return device == "cpu"  # not timed on other devices yet
-
     def obstacle(self, workload: Workload, quantized: int) -> str | None:
         return Way.obstacle(self, workload, quantized)  # autograd does not have to reach the scores
 
@@ -150,7 +144,8 @@ class InPlace(Plain):
         copies = run.masked_weights * dtype if workload.device == "cpu" else 0
         resident = {
             "weights": run.outside + sum(run.weights_of_layer) + copies,
-            "masks": sum(run.mask_bytes) + run.aside,
+            "masks": sum(run.mask_bytes),
+            "dropped": run.aside,
             "gradients": run.masked_weights * run.grad_bytes,
             "states": run.states,
         }
@@ -270,8 +265,7 @@ class Sharded(InPlace):
     name = "sharded"
     spreads = True
 
-    def is_for_auto(self, device: str) -> bool:
-        return False  # it needs several processes, so users ask for it by name
+    is_for_auto = False  # it needs several processes, so users ask for it by name
 
     def obstacle(self, workload: Workload, quantized: int) -> str | None:
         if over := workload.accumulation % workload.processes:
@@ -288,7 +282,8 @@ class Sharded(InPlace):
         outside, whole = (run.outside, 0) if not run.shape.tied else (0, run.outside)
         resident = {
             "weights": (outside + sum(run.weights_of_layer)) // parts + whole,
-            "masks": (sum(run.mask_bytes) + run.aside) // parts,
+            "masks": sum(run.mask_bytes) // parts,
+            "dropped": run.aside // parts,
             "gradients": run.masked_weights * run.grad_bytes // parts,
             "states": run.states // parts,
         }
@@ -326,11 +321,19 @@ class Sharded(InPlace):
         return {"whole": max(drawn, exported), "states": rows}
 
 
-# The fastest first.
 WAYS: dict[str, Way] = {way.name: way for way in (Plain(), InPlace(), Resident(), Quantized(), Layerwise(), Sharded())}
+
+
+def ordered(device: str) -> list[Way]:
+    """Return all modes, the fastest first on a device of this type.
+
+    On a GPU a product with a mask in place is a dense one. From 256 tokens on, the model of the Triton kernels
+    (backends/triton/plan.py) expects plain's fused products to be slower.
+    """
+    return sorted(WAYS.values(), key=lambda way: device != "cpu" and way.name != InPlace.name)
 
 
 def ways_over(quantization: str | None, device: str) -> list[Way]:
     """Return auto's modes that train over a base of this format, None for exact weights; the fastest first."""
-    ways = [way for way in WAYS.values() if way.is_for_auto(device)]
+    ways = [way for way in ordered(device) if way.is_for_auto]
     return [way for way in ways if (way.over_exact if quantization is None else way.over_codes)]

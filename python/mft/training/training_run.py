@@ -39,6 +39,7 @@ from mft.masks.inspection import flip_share, initial_masks
 from mft.masks.location import MASKS
 from mft.masks.quantize import quantize_model
 from mft.masks.targets import select_targets
+from mft.memory.ways import ordered
 from mft.models.pretrained import load_outline, save_model
 from mft.number_formats import state_bytes
 from mft.objectives.cross_entropy import CROSS_ENTROPY
@@ -168,7 +169,8 @@ def _plan(run: Run) -> Plan:
         with processes.together():
             plan = plan if config is run.config else _plan_config(config, processes.count)
         names = processes.gather(plan.mode.name)
-        slowest = max(names, key=WAYS.index)  # processes may differ in free memory
+        ranked = [way.name for way in ordered(plan.device.type)]
+        slowest = max(names, key=ranked.index)  # processes may differ in free memory
         with processes.together():
             if slowest != plan.mode.name:
                 plan = _plan_config(dataclasses.replace(config, memory=slowest), processes.count)
