@@ -144,7 +144,7 @@ a model that does not fit
     wide = "mask.scores_dtype=float32", "train.moments=float32"
     plan_on(patch, "cpu", (17e9, None), "model.name=llama2-7b", "mask.layers_to_transform=[4, 5]", *wide)
     -> ValueError: plain: needs | nothing fits
-        | needs ... GB of 17.0 GB, ... missing, in loss; resident: needs ... missing, in backward; layerwise: needs ... GB of
+        | needs ... GB of 17.0 GB, ... missing, in loss; resident: needs ... missing, in backward; layerwise: needs
         | the nearest setting that fits: memory=layerwise train.moments=8bit
 a model whose states the host cannot hold
     sizes = "data.sequence_length=4096", "train.accumulation=128", "mask.scores_dtype=float32", "train.moments=float32"
