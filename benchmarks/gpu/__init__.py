@@ -10,6 +10,7 @@ correctness.py   ops on real shapes, equality.py bit for bit; layouts.py: CUDA's
 programs.py      programs that run in their own process: Triton's tests, compute-sanitizer
 timing.py        competitors on rotated inputs (operands.py), in CUDA graphs, in interleaved rounds
 ways.py, products.py   a layer's products in every way
+choices.py   the way that ran, the one that the model of the card would take, the regret, and goals
 once_a_step.py, codes.py, many.py, experts.py   other ops
 train.py         whole optimiser steps (../training_steps.py), compared with the figures of mft estimate
 

@@ -27,7 +27,19 @@ from pathlib import Path
 
 from ..records import RESULTS
 from . import report
-from .cases import CUDA, DRY_SHAPE, DRY_TOKENS, EVERY_SHAPE, SHAPES, TOKENS, WHATS, is_beside_others, plan
+from .cases import (
+    CUDA,
+    DRY_SHAPE,
+    DRY_TOKENS,
+    EVERY_SHAPE,
+    SHAPES,
+    TOKENS,
+    WHATS,
+    deciding,
+    is_beside_others,
+    plan,
+    schedule,
+)
 from .programs import run_for
 from .results import FAILED, NOT_MEASURED, SLOW, WAITING, Results
 
@@ -41,7 +53,7 @@ _NOT_INHERITED = ("MFT_KERNELS", "MFT_AUTOTUNE", "MFT_CUDA_CAPABILITY", "TRITON_
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; "--what" and similar options hold lists."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--what", type=_list_of(_what), default=list(WHATS), help=f"among {','.join(WHATS)}")
+    parser.add_argument("--what", type=_list_of(_what), help=f"the default run decides; or among {','.join(WHATS)}")
     parser.add_argument("--shapes", type=_list_of(_shape), default=[EVERY_SHAPE],
                         help=f"NxK, or {' or '.join(SHAPES)}")  # fmt: skip
     parser.add_argument("--tokens", type=_list_of(_positive), default=list(TOKENS), help="values of M")
@@ -67,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parse(arguments)
     if asked.report:
         return _reported(asked.report, WHATS)
-    cases = plan(asked.what, asked.shapes, asked.tokens)
+    if asked.what or asked.dry_run:
+        cases = plan(asked.what or WHATS, asked.shapes, asked.tokens)
+    else:
+        cases = deciding(asked.shapes, asked.tokens)
     if asked.worker:
         from .worker import work
 
@@ -79,6 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         print("nothing to measure: no case has such a shape and M", file=sys.stderr)
         return 2
+    if asked.dry_run and not asked.what:
+        print(f"the default run, as planned on a GPU:\n{schedule(deciding(EVERY_SHAPE, TOKENS))}\n", flush=True)
     archive = asked.out if asked.out.suffix == ".zip" else None
     out = Path(tempfile.mkdtemp(prefix="gpu-")) if archive else asked.out
     out.mkdir(parents=True, exist_ok=True)
@@ -86,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the started processes end too
     try:
         ended_well = measure(command, out, time.time() + asked.budget, dry=asked.dry_run)
-        code = _reported(out, asked.what)
+        code = _reported(out, asked.what or WHATS)
     finally:
         if archive:
             _pack(out, archive)

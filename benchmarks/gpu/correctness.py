@@ -1,5 +1,6 @@
 """Check the kernels on this device: every op on the shapes of a real layer, then their tests.
 
+preflight   one kernel per backend, on a tiny shape
 exact     products and selection of small integers: every sum is exact, so results must equal the reference in every bit
 other ops   the same for codes, experts and one mask per row; and score_step
 random    error against float64 at most twice PyTorch's own in the same dtype
@@ -25,7 +26,7 @@ from mft_kernels.testing import Inputs, assert_within_budget, integer_inputs, ra
 
 from ..rivals import KEEP_RATIO
 from . import layouts
-from .cases import AUTO, CUDA, DRY_SHAPE, DRY_TOKENS, FUSED, SANITIZERS, TESTS, Case
+from .cases import AUTO, CUDA, DRY_SHAPE, DRY_TOKENS, FUSED, PREFLIGHT, SANITIZERS, TESTS, Case
 from .codes import code_calls
 from .device import Device
 from .equality import (
@@ -83,6 +84,11 @@ def check(case: Case, device: Device, seconds: float) -> dict[str, Any]:
 def _checks(detail: str, device: Device) -> Iterator[Check]:
     if detail == f"{CUDA} layouts":
         yield from layouts.checks(device)
+        return
+    if detail == PREFLIGHT:
+        t = _to(integer_inputs(3, *DRY_SHAPE, torch.bfloat16, torch.bfloat16), device)
+        for name in (name for name in (FUSED, CUDA) if name not in device.without):
+            yield from equal(device.backends[name], name, list(dense_calls(t, t.scores.new_tensor(2)))[:1])
         return
     of_cuda, kind = detail.startswith(CUDA), detail.removeprefix(f"{CUDA} ")
     check = {"exact": _exact, "other ops": _other_ops, "random": _random, "repeats": _repeats}[kind]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from mft_kernels import backend_report
@@ -36,6 +37,18 @@ _QUEUED_CALLS = 10
 _CLOCKED_CALLS = 50
 
 Run = Callable[[int], object]
+_L2_TILE = 4096  # fp32 numbers that a block of read_l2 reads at a time
+
+
+@triton.jit
+def read_l2(sums, source, tiles, steps, TILE: tl.constexpr):
+    """Read ``steps`` tiles past L1, each block from another place on."""
+    block = tl.program_id(0)
+    total = tl.zeros((TILE,), tl.float32)
+    for step in range(steps):
+        tile = (block * 61 + step) % tiles
+        total += tl.load(source + tile * TILE + tl.arange(0, TILE), cache_modifier=".cg")
+    tl.store(sums + block, tl.sum(total, 0))
 
 
 @dataclass(frozen=True)
@@ -87,8 +100,9 @@ class Gpu:
         }
 
     def ceilings(self) -> dict[str, float]:
-        """Measure bytes/s of a copy of 1 GiB (read and written) and FLOP/s of cuBLAS at 8192^3 in bf16."""
-        return {"bytes_per_second": self._copy_rate(1 << 30), "flops_per_second": self._product_rate(8192)}
+        """Measure bytes/s of a copy of 1 GiB (read and written), FLOP/s of cuBLAS at 8192^3 in bf16, and L2's rate."""
+        rates = {"l2_rate": self._l2_rate()}
+        return rates | {"bytes_per_second": self._copy_rate(1 << 30), "flops_per_second": self._product_rate(8192)}
 
     def synchronize(self) -> None:
         """Wait for the device; raises if the context is lost."""
@@ -152,6 +166,16 @@ class Gpu:
     def _product_rate(self, size: int) -> float:
         a, b = (torch.randn(size, size, device=self.torch_device).to(torch.bfloat16) for _ in range(2))
         return 2e3 * size**3 / self._median(lambda i: a @ b)
+
+    def _l2_rate(self) -> float:
+        """Return bytes per cycle and multiprocessor that are read from L2, as in cards.py; 16 MiB fit on any card."""
+        source = torch.zeros(1 << 22, device=self.torch_device)
+        blocks = 8 * torch.cuda.get_device_properties(self.torch_device).multi_processor_count
+        sums = torch.empty(blocks, device=self.torch_device)
+        tiles, steps = source.numel() // _L2_TILE, 64
+        ms = self._median(lambda i: read_l2[(blocks,)](sums, source, tiles, steps, _L2_TILE, num_warps=8))
+        cycles = _SPIN_CYCLES * ms / self._between_events(lambda: torch.cuda._sleep(_SPIN_CYCLES))
+        return 8 * steps * _L2_TILE * source.element_size() / cycles
 
     def _median(self, run: Run) -> float:
         timer = self.timer(run, 1)

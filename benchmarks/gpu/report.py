@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mft_kernels.backends.triton.cards import L2_RATE
+
 from ..tables import markdown
 from .cases import (
     AUTO,
@@ -19,6 +21,7 @@ from .cases import (
     PACKED,
     PAPER,
     PASS,
+    PLACE,
     Case,
 )  # fmt: skip
 from .faster_table import FASTER, is_wrong, table
@@ -37,7 +40,7 @@ from .results import (
 )
 
 _COLUMNS = (
-    DENSE, CUDA, CUDA_PACKED, FUSED, PACKED, AUTO, AUTO_PACKED, LAYER, HELD, PASS, COMPILED, EAGER, PAPER,
+    FUSED, PLACE, DENSE, PASS, CUDA, CUDA_PACKED, PACKED, AUTO, AUTO_PACKED, LAYER, HELD, COMPILED, EAGER, PAPER,
 )  # fmt: skip
 #: Prefix of a line about something missing that does not change the exit code.
 WARNING = "WARNING"
@@ -56,6 +59,7 @@ _TITLES = {
     "correctness": "Correctness",
     "step": "A whole step: forward, d_x and d_scores",
     "forward": "Forward",
+    "update": "A whole step with the optimiser",
     "d_x": "d_x",
     "d_scores": "d_scores",
     "accumulate": "d_scores, added to an fp32 buffer",
@@ -98,7 +102,7 @@ def write(out: Path) -> list[Document]:
 
 def text(documents: Sequence[Document]) -> str:
     """Return the Markdown of all documents."""
-    parts = [_OPENING, top(documents), f"## Where\n\n{_where(documents)}\n", _TIMED]
+    parts = [_OPENING, top(documents), choices(documents), f"## Where\n\n{_where(documents)}\n", _TIMED]
     for document in documents:
         parts.append(f"## {_TITLES[document['what']]}\n")
         parts += [_checks(document)] if document["what"] == "correctness" else _timed(document)
@@ -158,6 +162,28 @@ def gaps(documents: Sequence[Document]) -> list[str]:
 
 def _records(documents: Iterable[Document]) -> Iterable[tuple[Case, Record]]:
     return ((Case.of(record), record) for document in documents for record in document["cases"])
+
+
+def choices(documents: Sequence[Document]) -> str:
+    """Return one row per case and decision: the way that ran, the model's, the fastest, the regret, and the goals."""
+    rows = []
+    for case, record in _records(documents):
+        goals = [
+            f"{name}: {goal['ratio']:.2f}, {'met' if goal['met'] else 'not met'} ({goal['goal']:.2f})"
+            for name, goal in record.get("goals", {}).items()
+        ]
+        for what, found in record.get("choice", {}).items():
+            if what != "ran":
+                ran = record["choice"]["ran"] if what == "an op" else PLACE
+                regret = f"{100 * found['regret']:.0f} %"
+                rows.append([str(case), what, ran, found["model"], found["fastest"], regret, "; ".join(goals)])
+    if not rows:
+        return ""
+    rates = {document["ceilings"].get("l2_rate", 0) for document in documents if document["ceilings"]}
+    measured = ", ".join(f"{rate:.1f}" for rate in sorted(rates))
+    rate = f"Bytes per cycle and multiprocessor from L2: {measured}; in cards.py {L2_RATE}."
+    heads = ["", "for", "ran", "model", "fastest", "regret", "relative to cuBLAS, with the model's goal"]
+    return f"## Choices\n\n{rate} The model takes the measured one.\n\n{markdown(heads, rows)}\n"
 
 
 def _where(documents: Sequence[Document]) -> str:

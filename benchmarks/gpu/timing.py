@@ -57,7 +57,7 @@ class Bench:
     def __init__(self, device: Device, ceilings: Mapping[str, float]) -> None:
         self.device = device
         self.inputs = Inputs(device)
-        self._ceilings = ceilings
+        self.ceilings = ceilings
 
     def compare(self, competitors: Mapping[str, Competitor], copies: int, *, with_cuda: bool = True) -> dict[str, Any]:
         """Return samples: times and shares of the floors by name; failures: why others have none; left_out.
@@ -105,7 +105,7 @@ class Bench:
         sample |= {"calls": timer.calls, "ms": asdict(Spread.of(rounds))}
         sample["rounds_ms"] = [float(f"{ms:.5g}") for ms in rounds]
         if phases:
-            rates = self._ceilings["bytes_per_second"], self._ceilings["flops_per_second"]
+            rates = self.ceilings["bytes_per_second"], self.ceilings["flops_per_second"]
             by_bytes, by_flops, floor = floor_ms(phases, *rates)
             median = sample["ms"]["median"]
             sample["floor_ms"] = floor

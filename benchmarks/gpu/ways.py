@@ -1,6 +1,7 @@
 """Every way to compute the products of a layer, and a whole step of it: functions of the same operands."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from .cases import (
     PACKED,
     PAPER,
     PASS,
+    PLACE,
 )
 from .device import Device
 from .operands import MODE, Operands
@@ -59,6 +61,24 @@ class Dense(Way):
 
     def accumulate_product(self, o: Operands) -> Tensor:
         return self.accumulate(o)
+
+
+class Place(Dense):
+    """The same over a weight that holds its mask, made once per set of operands."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Operands] = {}  # by the operands, which live as long as a case
+
+    def forward(self, o: Operands) -> Tensor:
+        return super().forward(self._of(o))
+
+    def d_x(self, o: Operands) -> Tensor:
+        return super().d_x(self._of(o))
+
+    def _of(self, o: Operands) -> Operands:
+        if id(o) not in self._held:
+            self._held[id(o)] = replace(o, weight=o.masked())
+        return self._held[id(o)]
 
 
 class Eager(Way):
@@ -201,6 +221,7 @@ def way_of(name: str, device: Device) -> Way:
     """Return the way of a competitor."""
     made: dict[str, Callable[[], Way]] = {
         DENSE: Dense,
+        PLACE: Place,
         **{by: lambda by=by: Ours(device.backends[by]) for by in (FUSED, AUTO, CUDA)},
         **{
             name: lambda by=by: Packed(device.backends[by])

@@ -78,6 +78,7 @@ def work(
     bench, missing = Bench(device, ceilings), dict(device.without)
     timed: Mapping[str, Callable[[Case, Bench], dict[str, Any]]] = {
         **dict.fromkeys(PRODUCTS, products.time_product),
+        "update": products.time_update,
         "host": products.time_host,
         "threshold": once_a_step.time_threshold,
         "score_step": once_a_step.time_score_step,

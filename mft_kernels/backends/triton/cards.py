@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 KIB, MIB = 1024, 1024**2
 #: Bytes per cycle from L2 to a multiprocessor; csrc/cuda/tile_cost.h has the same. Read by gpu-l2-cache of
 #: https://github.com/RRZE-HPC/gpu-benches from 10 to 28 MB, at the boost clock: 9.75 TB/s on an H200 (37 at 1.98 GHz),
-#: 6.9 on an H100 PCIe (34 at 1.755), 5.4 on an A100 80 GB (35.5 at 1.41). An estimate for others. `make gpu` measures it.
+#: 6.9 on an H100 PCIe (34 at 1.755), 5.4 on an A100 80 GB (35.5 at 1.41). Others: an estimate. make gpu measures it.
 L2_RATE = 36
 
 

@@ -234,19 +234,23 @@ def fused_seconds(problem: Problem) -> float:
 
 
 def scratch_seconds(problem: Problem) -> float:
-    """Return the expected seconds of a mask pass into scratch and a GEMM at the data sheet's rate.
-
-    On cards with clusters, the GEMM's blocks share what they read in clusters of two.
-    """
-    target, operands = problem.target, problem.operands
+    """Return the expected seconds of a mask pass into scratch and a dense product."""
+    operands = problem.operands
     moved = 2 * operands.element + (operands.keep or 1 / 8)
-    mask = LAUNCH + problem.p * problem.q * moved / _card(target).bandwidth
+    return LAUNCH + problem.p * problem.q * moved / _card(problem.target).bandwidth + dense_seconds(problem)
+
+
+def dense_seconds(problem: Problem) -> float:
+    """Return the expected seconds of torch's GEMM, without a mask, at the data sheet's rate.
+
+    On cards with clusters, its blocks share what they read in clusters of two.
+    """
     maskless = _maskless(problem)
     tiles = product_tiles(maskless)
     jobs = replace(_products(maskless, tiles), masked=0)
-    if target.hopper_or_newer:
+    if problem.target.hopper_or_newer:
         jobs = replace(jobs, read=jobs.read / 2)
-    return mask + _seconds(maskless, tiles, [jobs])
+    return _seconds(maskless, tiles, [jobs])
 
 
 @functools.lru_cache(_MEMORY)
@@ -327,7 +331,8 @@ def _form(problem: Problem) -> str:
 
 @functools.cache
 def _card(target: Target) -> Card:
-    return card_of(target.arch, target.multiprocessors, target.shared_memory, target.bandwidth)
+    card = card_of(target.arch, target.multiprocessors, target.shared_memory, target.bandwidth)
+    return replace(card, l2_rate=target.l2_rate or card.l2_rate)
 
 
 def _fit_memory(tiles: Tiles, problem: Problem, *, masks: bool) -> Tiles:

@@ -28,6 +28,7 @@ class Target:
     swapped: bool = False  # the product is transposed, so that the masked weight is its first operand
     descriptors: bool = False  # tiles are read through TMA descriptors if alignment allows
     bandwidth: float = 0  # of its memory, bytes per second; 0: not known
+    l2_rate: float = 0  # bytes per cycle and multiprocessor, if measured (make gpu); 0: as in cards.py
     compiler: tuple[int, int] = (0, 0)  # version of the Triton that compiles for it
 
     def __str__(self) -> str:
