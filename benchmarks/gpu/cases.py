@@ -23,16 +23,10 @@ PACKED, CUDA_PACKED, AUTO_PACKED = "fused, packed", "cuda, packed", "auto, packe
 PASS = "mask pass + cuBLAS"
 PLACE = "in place"
 LAYER, HELD = "MaskedLinear", "MaskedLinear, held"
-COMPILED = "eager, compiled"
 EAGER = "eager"
-PAPER = "paper's layer"
 
 SQUARE = (4096, 4096)
 DRY_SHAPE, DRY_TOKENS = (24, 40), 3
-#: A compilation takes 5 to 20 s.
-_COMPILED = {(*SQUARE, 2048), (*DRY_SHAPE, DRY_TOKENS)}
-#: Above, the products hide more and more of the paper's sort.
-_PAPER_MOST_TOKENS = 2048
 
 PREFLIGHT = "preflight"
 #: Those of csrc/cuda are separate cases, so that a fault stays with its backend.
@@ -127,9 +121,6 @@ def competitors(case: Case) -> tuple[str, ...]:
         return FUSED, PLACE, DENSE, PASS
     names = [FUSED, *([] if case.what == "step" else [PLACE]), DENSE, PASS]
     names += [CUDA, PACKED, CUDA_PACKED, AUTO, AUTO_PACKED, EAGER]
-    if case.what == "step":
-        names += [PAPER] if case.m <= _PAPER_MOST_TOKENS else []
-        names += [COMPILED] if (case.n, case.k, case.m) in _COMPILED else []
     return tuple(names)
 
 

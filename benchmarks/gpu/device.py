@@ -113,10 +113,6 @@ class Gpu:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
-    def compile(self, function: Callable) -> Callable:
-        """Compile with torch.compile for one shape."""
-        return torch.compile(function, fullgraph=True, dynamic=False)
-
     def timer(self, run: Run, copies: int, how: str = GRAPH) -> Timer:
         """Return a timer of run(i), which works on copy i. What cannot be captured is queued, and the note says why."""
         if how == CLOCK:
@@ -192,7 +188,6 @@ class Gpu:
     def _captured(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         try:
-            # thread_local: torch.compile's threads may use the device meanwhile.
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 run()
         finally:
@@ -257,10 +252,6 @@ class Interpreter:
 
     def tidy(self) -> None:
         """Do nothing: there is nothing to free."""
-
-    def compile(self, function: Callable) -> Callable:
-        """Trace without compiling."""
-        return torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
 
     def timer(self, run: Run, copies: int, how: str = GRAPH) -> Timer:
         """Return a timer by the clock, which runs each copy once, after one first run as for a GPU's estimate."""

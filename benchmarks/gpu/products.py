@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from .cases import (
     HELD,
     LAYER,
     PACKED,
-    PAPER,
     PLACE,
     Case,
     competitors,
@@ -28,8 +27,8 @@ from .cases import (
 from .device import CLOCK, GRAPH, QUEUED, Device
 from .once_a_step import Matrix
 from .operands import MODE, Operands
-from .timing import MOST_APART, Bench, Competitor, Phases
-from .ways import Eager, Layer, Op, Way, dense_layer, held_layer, masked_layer, way_of
+from .timing import Bench, Competitor, Phases
+from .ways import Eager, Layer, Op, Place, Way, dense_layer, held_layer, masked_layer, way_of
 
 IN_GRAPH = ", in a graph"
 DENSE_LAYER, OP = "nn.Linear", "masked_linear"
@@ -42,8 +41,6 @@ _LAYERS: dict[str, Callable[[], Way]] = {
 #: Bytes per weight of each competitor's mask.
 _KEEP_BYTES = {DENSE: 0.0, PLACE: 0.0} | dict.fromkeys((PACKED, CUDA_PACKED, AUTO_PACKED), 1 / 8)
 _SCORE_BYTES = 2.0
-#: Tolerance: the paper's sort drops some scores that tie with the threshold and are kept here, about 1 weight in 300.
-_MOST_APART_OF = {PAPER: 0.25}
 
 
 def time_product(case: Case, bench: Bench) -> dict[str, Any]:
@@ -58,12 +55,10 @@ def time_product(case: Case, bench: Bench) -> dict[str, Any]:
             lambda copy: run(operands[copy]),
             None if name == DENSE else expected,
             clear=first.sums.zero_ if first.sums is not None else None,
-            most_apart=_MOST_APART_OF.get(name, MOST_APART),
             phases=work(case, _KEEP_BYTES.get(name, _SCORE_BYTES)),
-            how=QUEUED if name == PAPER else GRAPH,  # autograd, and indexing by a tensor on the host
         )
 
-    found = {name: competitor(name, way) for name, way in _ways(case, bench.device).items()}
+    found = {name: competitor(name, way) for name, way in _ways(case, bench.device, operands).items()}
     return choices.judged(case, bench.compare(found, len(operands)), bench)
 
 
@@ -86,7 +81,7 @@ def time_update(case: Case, bench: Bench) -> dict[str, Any]:
 
         return Competitor(run, how=QUEUED if name == PLACE else GRAPH)
 
-    found = {name: competitor(name, way) for name, way in _ways(case, bench.device).items()}
+    found = {name: competitor(name, way) for name, way in _ways(case, bench.device, operands).items()}
     return choices.judged(case, bench.compare(found, len(operands), with_cuda=False), bench)
 
 
@@ -142,6 +137,10 @@ def _expected(case: Case, o: Operands) -> Any:
     return getattr(Eager(), "d_scores" if case.what == "accumulate" else case.what)(o)
 
 
-def _ways(case: Case, device: Device) -> dict[str, Way]:
+def _ways(case: Case, device: Device, operands: Sequence[Operands]) -> dict[str, Way]:
     left_out = (CUDA, CUDA_PACKED) if CUDA in device.without else ()
-    return {name: way_of(name, device) for name in competitors(case) if name not in left_out}
+    ways = {name: way_of(name, device) for name in competitors(case) if name not in left_out}
+    for way in ways.values():
+        if isinstance(way, Place):
+            way.hold(operands)
+    return ways

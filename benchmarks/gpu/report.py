@@ -10,7 +10,6 @@ from ..tables import markdown
 from .cases import (
     AUTO,
     AUTO_PACKED,
-    COMPILED,
     CUDA,
     CUDA_PACKED,
     DENSE,
@@ -19,7 +18,6 @@ from .cases import (
     HELD,
     LAYER,
     PACKED,
-    PAPER,
     PASS,
     PLACE,
     Case,
@@ -40,7 +38,7 @@ from .results import (
 )
 
 _COLUMNS = (
-    FUSED, PLACE, DENSE, PASS, CUDA, CUDA_PACKED, PACKED, AUTO, AUTO_PACKED, LAYER, HELD, COMPILED, EAGER, PAPER,
+    FUSED, PLACE, DENSE, PASS, CUDA, CUDA_PACKED, PACKED, AUTO, AUTO_PACKED, LAYER, HELD, EAGER,
 )  # fmt: skip
 #: Prefix of a line about something missing that does not change the exit code.
 WARNING = "WARNING"

@@ -1,6 +1,6 @@
 """Every way to compute the products of a layer, and a whole step of it: functions of the same operands."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,18 +12,16 @@ from mft_kernels.backends.triton import ops
 from mft_kernels.eager import eager_grad_scores, eager_grad_x, eager_linear, eager_step
 from mft_kernels.operands import Keep
 
-from ..rivals import KEEP_RATIO, paper_linear
+from ..rivals import KEEP_RATIO
 from .cases import (
     AUTO,
     AUTO_PACKED,
-    COMPILED,
     CUDA,
     CUDA_PACKED,
     DENSE,
     EAGER,
     FUSED,
     PACKED,
-    PAPER,
     PASS,
     PLACE,
 )
@@ -64,41 +62,33 @@ class Dense(Way):
 
 
 class Place(Dense):
-    """The same over a weight that holds its mask, made once per set of operands."""
+    """The same over weights that hold their masks."""
 
-    def __init__(self) -> None:
-        self._held: dict[int, Operands] = {}  # by the operands, which live as long as a case
+    def hold(self, every: Sequence[Operands]) -> None:
+        """Make the masked weights of these operands, which live as long as a case: a capture would repeat it."""
+        self._held = {id(o): replace(o, weight=o.masked()) for o in every}
 
     def forward(self, o: Operands) -> Tensor:
-        return super().forward(self._of(o))
+        return super().forward(self._held[id(o)])
 
     def d_x(self, o: Operands) -> Tensor:
-        return super().d_x(self._of(o))
-
-    def _of(self, o: Operands) -> Operands:
-        if id(o) not in self._held:
-            self._held[id(o)] = replace(o, weight=o.masked())
-        return self._held[id(o)]
+        return super().d_x(self._held[id(o)])
 
 
 class Eager(Way):
-    """PyTorch's own ops; ``compiled`` turns each into a graph of torch.compile."""
-
-    def __init__(self, compiled: Callable[[Callable], Callable] = lambda function: function) -> None:
-        self._linear, self._grad_x = compiled(eager_linear), compiled(eager_grad_x)
-        self._grad_scores, self._step = compiled(eager_grad_scores), compiled(eager_step)
+    """PyTorch's own ops."""
 
     def forward(self, o: Operands) -> Tensor:
-        return self._linear(o.x, o.weight, o.scores, o.threshold)
+        return eager_linear(o.x, o.weight, o.scores, o.threshold)
 
     def d_x(self, o: Operands) -> Tensor:
-        return self._grad_x(o.grad, o.weight, o.scores, o.threshold)
+        return eager_grad_x(o.grad, o.weight, o.scores, o.threshold)
 
     def d_scores(self, o: Operands) -> Tensor:
-        return self._grad_scores(o.grad, o.x, o.weight, o.scores)
+        return eager_grad_scores(o.grad, o.x, o.weight, o.scores)
 
     def step(self, o: Operands) -> tuple[Tensor, ...]:
-        return self._step(o.grad, o.x, o.weight, o.scores, o.threshold)
+        return eager_step(o.grad, o.x, o.weight, o.scores, o.threshold)
 
 
 class Ours(Way):
@@ -162,15 +152,6 @@ class Passes(Ours):
     step = Way.step
 
 
-class Paper(Way):
-    """The layer of arXiv 2503.22764, by autograd: only a step."""
-
-    def step(self, o: Operands) -> tuple[Tensor, ...]:
-        x, scores = o.x.detach().requires_grad_(), o.scores.detach().requires_grad_()
-        y = paper_linear(x, o.weight, scores)
-        return y.detach(), *torch.autograd.grad(y, (x, scores), o.grad)
-
-
 class Layer(Way):
     """A module on the operands' weight, as users call it."""
 
@@ -228,8 +209,6 @@ def way_of(name: str, device: Device) -> Way:
             for name, by in ((PACKED, FUSED), (CUDA_PACKED, CUDA), (AUTO_PACKED, AUTO))
         },
         PASS: lambda: Passes(device.backends[FUSED]),
-        COMPILED: lambda: Eager(device.compile),
         EAGER: Eager,
-        PAPER: Paper,
     }
     return made[name]()

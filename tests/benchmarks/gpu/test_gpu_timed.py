@@ -96,5 +96,5 @@ def test_every_way_of_running_is_trained_without_datasets():
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    assert len(lines) == 12
+    assert len(lines) == 15
     assert all("'samples': {'a step': {'ms': " in line and train.ESTIMATE in line for line in lines), run.stdout
