@@ -55,7 +55,7 @@ def test_by_the_clock_what_the_host_needs_counts(monkeypatch):
 
 
 def test_the_card_is_described_and_its_ceilings_and_peaks_are_measured(monkeypatch):
-    Card(monkeypatch)
+    card = Card(monkeypatch)
     gpu = Gpu()
     described = gpu.environment()
     assert (described["device"], described["l2_mib"]) == ("a card", 1.0)
@@ -65,4 +65,8 @@ def test_the_card_is_described_and_its_ceilings_and_peaks_are_measured(monkeypat
     gpu.torch_device = torch.device("cpu")
     assert gpu._copy_rate(64) > 0
     assert gpu._product_rate(8) > 0
+    read = card.work(2.0)
+    monkeypatch.setattr(device, "read_l2", {(8 * 132,): lambda *arguments, num_warps: read(0)})
+    cycles = 2.0 * 10_000_000  # the stand-in's spin of 10 million cycles lasts 1 ms
+    assert gpu._l2_rate() == pytest.approx(8 * 64 * 4096 * 4 / cycles)
     assert gpu.peak(lambda: None) == 500
