@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "step_kernels.h"
 
 namespace mft {
@@ -20,27 +24,52 @@ inline const char* at(const void* base, int64_t bytes) { return static_cast<cons
 
 // ------------------------------------------------------------------------------------------------ random words
 
+// Counters of Philox, one per lane of 64 bits. Only the lower half of a lane counts: multiply() does not read the upper.
+#if defined(__AVX512F__)
+using Lanes = uint64_t __attribute__((vector_size(64)));
+inline Lanes multiply(Lanes a, Lanes b) { return (Lanes)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__)
+using Lanes = uint64_t __attribute__((vector_size(32)));
+inline Lanes multiply(Lanes a, Lanes b) { return (Lanes)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+#elif defined(__SSE2__)
+using Lanes = uint64_t __attribute__((vector_size(16)));
+inline Lanes multiply(Lanes a, Lanes b) { return (Lanes)_mm_mul_epu32((__m128i)a, (__m128i)b); }
+#else
+using Lanes = uint64_t __attribute__((vector_size(8)));
+inline Lanes multiply(Lanes a, Lanes b) { return (a & 0xffffffff) * b; }
+#endif
+constexpr int kLanes = sizeof(Lanes) / sizeof(uint64_t);
+using Words = uint32_t __attribute__((vector_size(sizeof(Lanes) / 2)));
+
+inline void store_words(uint32_t* words, Lanes c) {
+  const Words low = __builtin_convertvector(c, Words);
+  std::memcpy(words, &low, sizeof low);
+}
+
 // Writes one word per element of the chunk that begins at element `begin`: Philox 4x32-10.
 void random_words(uint32_t* words, const StepConstants& c, int64_t begin) {
-  const int64_t counter = begin / kStepChunk * kStepBlock;
-  const auto low = static_cast<uint32_t>(counter), high = static_cast<uint32_t>(counter >> 32);
-  for (uint32_t lane = 0; lane < kStepBlock; ++lane) {
-    uint32_t c0 = low + lane, c1 = high, c2 = c.step, c3 = 0;  // low is a multiple of 256: there is no carry
-    uint32_t k0 = c.seed_low, k1 = c.seed_high;
+  const int64_t counter = begin / kStepChunk * kStepBlock;  // a multiple of 256: adding a lane has no carry
+  const Lanes zero = {};
+  Lanes next, keys[10][2];
+  for (int i = 0; i < kLanes; ++i) next[i] = static_cast<uint64_t>(counter + i);
+  for (uint32_t round = 0; round < 10; ++round) {
+    keys[round][0] = zero + (c.seed_low + round * 0x9E3779B9);
+    keys[round][1] = zero + (c.seed_high + round * 0xBB67AE85);
+  }
+  for (int lane = 0; lane < kStepBlock; lane += kLanes, next += kLanes) {
+    Lanes c0 = next, c1 = zero + static_cast<uint64_t>(counter >> 32), c2 = zero + c.step, c3 = zero;
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round) {
-      const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
-      c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-      c1 = static_cast<uint32_t>(p1);
-      c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-      c3 = static_cast<uint32_t>(p0);
-      k0 += 0x9E3779B9;
-      k1 += 0xBB67AE85;
+      const Lanes p0 = multiply(c0, zero + 0xD2511F53), p1 = multiply(c2, zero + 0xCD9E8D57);
+      c0 = (p1 >> 32) ^ c1 ^ keys[round][0];
+      c1 = p1;
+      c2 = (p0 >> 32) ^ c3 ^ keys[round][1];
+      c3 = p0;
     }
-    words[lane] = c0;
-    words[lane + kStepBlock] = c1;
-    words[lane + 2 * kStepBlock] = c2;
-    words[lane + 3 * kStepBlock] = c3;
+    store_words(words + lane, c0);
+    store_words(words + lane + kStepBlock, c1);
+    store_words(words + lane + 2 * kStepBlock, c2);
+    store_words(words + lane + 3 * kStepBlock, c3);
   }
 }
 
