@@ -185,28 +185,21 @@ void scores_of(const StepTensors& t, const StepConstants& c, const float* root, 
 
 // ------------------------------------------------------------------------------------------------ 8-bit moments
 
-// Decodes minifloats with 3 mantissa bits. kCodes 128: the sign is in bit 7. kCodes 256: no sign.
+// Decodes a minifloat with 3 mantissa bits. kCodes 128: the sign is in bit 7. kCodes 256: no sign.
 template <int kBias, int kCodes>
-void decode(float* out, const uint8_t* codes, float scale, int64_t n) {
+inline float decode(uint8_t byte) {
   const float least = as_float(static_cast<uint32_t>(127 - 2 - kBias) << 23);  // 2^(-2 - bias)
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t code = codes[i] & (kCodes - 1);
-    const uint32_t normal = (code + ((127 - kBias) << 3)) << 20;
-    const uint32_t subnormal = as_bits(static_cast<float>(static_cast<int32_t>(code)) * least);
-    const uint32_t sign = static_cast<uint32_t>(codes[i] & ~(kCodes - 1) & 0xff) << 24;
-    out[i] = as_float((code < 8 ? subnormal : normal) | sign) * scale;
-  }
+  const uint32_t code = byte & (kCodes - 1);
+  const uint32_t normal = (code + ((127 - kBias) << 3)) << 20;
+  const uint32_t subnormal = as_bits(static_cast<float>(static_cast<int32_t>(code)) * least);
+  const uint32_t sign = static_cast<uint32_t>(byte & ~(kCodes - 1) & 0xff) << 24;
+  return as_float((code < 8 ? subnormal : normal) | sign);
 }
 
-// Encodes a block with stochastic rounding and returns its scale. The 8 bits of each word from bit kShift on decide the
-// rounding.
+// Encodes a block with stochastic rounding and returns its scale. top: the bits of the largest magnitude. The 8 bits of
+// each word from bit kShift on decide the rounding.
 template <int kBias, int kCodes, int kShift>
-float encode(uint8_t* codes, const float* x, const uint32_t* words, int64_t n) {
-  uint32_t top = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = as_bits(x[i]) & kMagnitude;
-    top = magnitude > top ? magnitude : top;  // bit patterns order like their values, NaN above all
-  }
+float encode(uint8_t* codes, const float* x, uint32_t top, const uint32_t* words, int64_t n) {
   if (top > kInfinity || top < as_bits(0x1p-125f)) {
     std::memset(codes, 0, n);
     return top > kInfinity ? as_float(0x7fc00000) : 0.0f;
@@ -238,28 +231,25 @@ void block_of(const StepTensors& t, const StepConstants& c, const uint32_t* word
   float& square_scale = t.square_scales[begin / kStepBlock];
   load_scores(s, t, begin, n);
   load_gradient(h, w, t, s, c, false, begin, n);
-  decode<15, 128>(m, mean_codes, mean_scale, n);
-  decode<31, 256>(v, square_codes, square_scale, n);
-  for (int64_t i = 0; i < n; ++i) {
-    m[i] = m[i] * c.beta1 + h[i] * c.one_minus_beta1;
-    v[i] = v[i] * c.beta2 + h[i] * h[i] * c.one_minus_beta2;
-  }
-  if (c.decays) {
-    for (int64_t i = 0; i < n; ++i) s[i] *= c.decay;
-  }
   if (t.weight != nullptr) {
     widen(w, at(t.weight, begin * bytes_of(t.weight_format)), t.weight_format, n);
-    for (int64_t i = 0; i < n; ++i) {
-      const float size = as_float(as_bits(w[i]) & kMagnitude);
-      s[i] += m[i] * w[i] * c.minus_step_size / (std::sqrt(v[i]) * size * c.correction + c.eps);
-    }
   } else {
-    for (int64_t i = 0; i < n; ++i) {
-      s[i] += m[i] * c.minus_step_size / (std::sqrt(v[i]) * c.correction + c.eps);
-    }
+    for (int64_t i = 0; i < n; ++i) w[i] = 1.0f;  // products with 1 are exact
   }
-  mean_scale = encode<15, 128, 16>(mean_codes, m, words, n);
-  square_scale = encode<31, 256, 24>(square_codes, v, words, n);
+  const StepConstants k = c;  // a copy: s cannot alias it
+  const float mean = mean_scale, square = square_scale, decay = c.decays ? c.decay : 1.0f;
+  uint32_t top_mean = 0, top_square = 0;  // bit patterns order like their values, NaN above all
+  for (int64_t i = 0; i < n; ++i) {
+    m[i] = decode<15, 128>(mean_codes[i]) * mean * k.beta1 + h[i] * k.one_minus_beta1;
+    v[i] = decode<31, 256>(square_codes[i]) * square * k.beta2 + h[i] * h[i] * k.one_minus_beta2;
+    const uint32_t mean_bits = as_bits(m[i]) & kMagnitude, square_bits = as_bits(v[i]) & kMagnitude;
+    top_mean = mean_bits > top_mean ? mean_bits : top_mean;
+    top_square = square_bits > top_square ? square_bits : top_square;
+    const float size = as_float(as_bits(w[i]) & kMagnitude);
+    s[i] = s[i] * decay + m[i] * w[i] * k.minus_step_size / (std::sqrt(v[i]) * size * k.correction + k.eps);
+  }
+  mean_scale = encode<15, 128, 16>(mean_codes, m, top_mean, words, n);
+  square_scale = encode<31, 256, 24>(square_codes, v, top_square, words, n);
   store_scores(t, s, words, begin, n);
 }
 
