@@ -223,12 +223,20 @@ float encode(uint8_t* codes, const float* x, uint32_t top, const uint32_t* words
   return largest / 1.875f;
 }
 
+// Asks for the elements of a block, which may lie beyond the end. A processor's own prefetch stops at a page's end.
+inline void prefetch(const void* base, int64_t bytes, int64_t begin) {
+  for (int64_t i = 0; i < kStepBlock * bytes; i += 64) __builtin_prefetch(at(base, begin * bytes + i));
+}
+
 void block_of(const StepTensors& t, const StepConstants& c, const uint32_t* words, int64_t begin, int64_t n) {
   alignas(64) float h[kStepBlock], s[kStepBlock], w[kStepBlock], m[kStepBlock], v[kStepBlock];
   auto* mean_codes = static_cast<uint8_t*>(t.exp_avg) + begin;
   auto* square_codes = static_cast<uint8_t*>(t.exp_avg_sq) + begin;
   float& mean_scale = t.mean_scales[begin / kStepBlock];
   float& square_scale = t.square_scales[begin / kStepBlock];
+  prefetch(t.scores, t.score_format == ScoreFormat::kFloat32 ? 4 : 2, begin + kStepChunk);
+  prefetch(t.grad, bytes_of(t.grad_format), begin + kStepChunk);
+  if (t.weight != nullptr) prefetch(t.weight, bytes_of(t.weight_format), begin + kStepChunk);
   load_scores(s, t, begin, n);
   load_gradient(h, w, t, s, c, false, begin, n);
   if (t.weight != nullptr) {
