@@ -1,5 +1,5 @@
 // The kernels of an optimiser step. One source file per instruction set defines MFT_STEP_KERNELS and includes this
-// file. The loops over 256 elements are plain, so that compilers vectorise them; their 9 KB of data stay in L1.
+// file. The loops over 256 elements are plain, so that compilers vectorise them; their data stay in L1.
 //
 // Only raw pointers here: an inline function shared with other files could be linked from the wrong instruction set.
 
@@ -229,7 +229,9 @@ inline void prefetch(const void* base, int64_t bytes, int64_t begin) {
 }
 
 void block_of(const StepTensors& t, const StepConstants& c, const uint32_t* words, int64_t begin, int64_t n) {
-  alignas(64) float h[kStepBlock], s[kStepBlock], w[kStepBlock], m[kStepBlock], v[kStepBlock];
+  alignas(64) float h[kStepBlock], wide[kStepBlock], w[kStepBlock], m[kStepBlock], v[kStepBlock];
+  const bool in_place = t.score_format == ScoreFormat::kFloat32;
+  float* s = in_place ? static_cast<float*>(t.scores) + begin : wide;
   auto* mean_codes = static_cast<uint8_t*>(t.exp_avg) + begin;
   auto* square_codes = static_cast<uint8_t*>(t.exp_avg_sq) + begin;
   float& mean_scale = t.mean_scales[begin / kStepBlock];
@@ -237,7 +239,7 @@ void block_of(const StepTensors& t, const StepConstants& c, const uint32_t* word
   prefetch(t.scores, t.score_format == ScoreFormat::kFloat32 ? 4 : 2, begin + kStepChunk);
   prefetch(t.grad, bytes_of(t.grad_format), begin + kStepChunk);
   if (t.weight != nullptr) prefetch(t.weight, bytes_of(t.weight_format), begin + kStepChunk);
-  load_scores(s, t, begin, n);
+  if (!in_place) load_scores(s, t, begin, n);
   load_gradient(h, w, t, s, c, false, begin, n);
   if (t.weight != nullptr) {
     widen(w, at(t.weight, begin * bytes_of(t.weight_format)), t.weight_format, n);
@@ -258,7 +260,7 @@ void block_of(const StepTensors& t, const StepConstants& c, const uint32_t* word
   }
   mean_scale = encode<15, 128, 16>(mean_codes, m, top_mean, words, n);
   square_scale = encode<31, 256, 24>(square_codes, v, top_square, words, n);
-  store_scores(t, s, words, begin, n);
+  if (!in_place) store_scores(t, s, words, begin, n);
 }
 
 void chunk_of(const StepTensors& t, const StepConstants& c, int64_t begin, int64_t n) {
