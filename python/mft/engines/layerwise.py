@@ -16,7 +16,7 @@ bit of the result changes. The scores are updated with the last portion.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,6 @@ from torch import Tensor
 
 from mft.data.batches import MicroBatch
 from mft.engines.layer_engine import LayerEngine, tensors_of
-from mft.engines.offload import Arrival
 from mft.engines.score_states import HeldMask
 from mft.engines.step import OnLoss
 
@@ -154,7 +153,7 @@ class Layerwise(LayerEngine):
         self, layer: int, hidden: Resting, batches: Sequence[MicroBatch], *, keep: bool = False
     ) -> Resting:
         """Run one layer on the hidden states of all micro-batches. The inputs' memory is reused unless keep is set."""
-        states = self._bring_each(hidden) if keep else self._take_each(hidden)
+        states = self.mover.bring_each(hidden) if keep else self._take_each(hidden)
         return deque(self._rest(self.forward_layer(layer, state, batch)) for batch, (state,) in zip(batches, states))
 
     def _forward_base_batches(
@@ -164,7 +163,7 @@ class Layerwise(LayerEngine):
         if not referring:
             return base
         if layer == self.first:
-            states = self._bring_each([state for batch, state in zip(batches, hidden) if batch in referring])
+            states = self.mover.bring_each([state for batch, state in zip(batches, hidden) if batch in referring])
         else:
             states = self._take_each(base)
         return deque(
@@ -246,22 +245,8 @@ class Layerwise(LayerEngine):
         """Copy tensors from the device to host memory."""
         return [self.mover.store(tensor) for tensor in tensors]
 
-    def _bring_each(self, resting: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:
-        """Yield each list's tensors on the device, while the next list is being copied."""
-        ahead: Arrival | None = None
-        for tensors in resting:
-            if ahead is None:
-                ahead = self.mover.bring(tensors)
-                continue
-            arrived = ahead.wait()
-            ahead = self.mover.bring(tensors)
-            yield arrived
-            del arrived  # free these before the next ones are asked for
-        if ahead is not None:
-            yield ahead.wait()
-
     def _take_each(self, resting: Resting) -> Iterator[list[Tensor]]:
-        """Do the same as _bring_each, but empty resting and let the memory of its tensors be reused."""
+        """Do the same as Mover.bring_each, but empty resting and let the memory of its tensors be reused."""
 
         def take() -> Iterator[list[Tensor]]:
             while resting:
@@ -270,11 +255,11 @@ class Layerwise(LayerEngine):
                 for tensor in tensors:
                     self.mover.give_back(tensor)
 
-        return self._bring_each(take())
+        return self.mover.bring_each(take())
 
     def _visit(self, order: list[int]) -> Iterator[int]:
         """Yield each group's number while its tensors are on the device; the next group is copied meanwhile."""
-        arriving = self._bring_each(self._groups[number] for number in order)
+        arriving = self.mover.bring_each(self._groups[number] for number in order)
         for number in order:
             group, arrived = self._groups[number], next(arriving)
             resting = [tensor.data for tensor in group]

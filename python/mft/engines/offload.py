@@ -10,7 +10,8 @@ holds no more memory than running work. If device and host share one memory, not
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -57,6 +58,24 @@ class Mover:
             for copy, tensor in zip(copies, tensors):
                 copy.copy_(tensor, non_blocking=True)
             return Arrival(copies, self._stream.record_event() if self._stream else None)
+
+    def bring_each(self, resting: Iterable[Sequence[Tensor]], most: float = math.inf) -> Iterator[list[Tensor]]:
+        """Yield the tensors of each list on the device, while those of the next list are being copied.
+
+        A list of more than ``most`` bytes is copied only when the one before it has left the device.
+        """
+        ahead: Arrival | None = None
+        for tensors in resting:
+            if ahead is None:
+                ahead = self.bring(tensors)
+                continue
+            arrived = ahead.wait()
+            ahead = self.bring(tensors) if sum(tensor.nbytes for tensor in tensors) <= most else None
+            yield arrived
+            del arrived  # free these before the next ones are asked for
+            ahead = ahead or self.bring(tensors)
+        if ahead is not None:
+            yield ahead.wait()
 
     def store(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         """Copy a tensor from the device to host memory: to ``out``, or to a buffer that give_back() takes."""

@@ -4,6 +4,8 @@
 scores, moments of matrix 2  ------>  score_step(gradient, weight) -> next mask of 2
 scores, moments of matrix 3  -- on its way --
 scores, moments of matrix 1  <------  done
+
+The next matrix is copied while this one is stepped, unless it is large; see STATES_AHEAD.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +21,7 @@ from mft.engines.offload import Mover
 from mft.engines.step import States
 from mft.masks.budget import Budget, name_layer
 from mft.masks.surrogate import Surrogate
+from mft.memory.sizes import STATES_AHEAD
 from mft.models.codes.weight import QuantizedWeight
 from mft.number_formats import MOMENT_FORMATS, unless_auto
 from mft_kernels import MaskAdamW, MaskedLayer, outdate, pack_mask
@@ -189,8 +192,8 @@ class ScoreStates(States):
         """Take one optimiser step of these layers from their buffers, summed over processes, and set their next masks.
 
         lr: None uses the rate in each of the optimizer's groups. With a budget the layers keep their masks until
-        select(). One matrix takes its step while the next one is being summed. With max_norm, which limits the norm of
-        all layers' gradients together, all sums are finished first.
+        select(). While one matrix takes its step, the next one is being copied to the device and its gradient is being
+        summed. With max_norm, which limits the norm of all layers' gradients together, all sums are finished first.
         """
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
@@ -202,8 +205,10 @@ class ScoreStates(States):
                 for mask in masks:
                     self._replace(mask, *self._mover.bring([rows_here(mask.scores)]).wait())
             factor = (max_norm / (self._squares().sqrt() + _EPSILON)).clamp_(max=1.0).float()
-        for mask, _ in zip(masks, summed, strict=True):
-            packed = self._step(mask, factor)
+        states = [self.optimizer.tensors(mask.scores) for mask in masks]
+        arriving = self._mover.bring_each((list(resting.values()) for resting in states), STATES_AHEAD)
+        for mask, resting, _ in zip(masks, states, summed, strict=True):
+            packed = self._step(mask, resting, next(arriving), factor)
             if packed is not None:
                 mask.take(packed)
             self._mover.let_go()
@@ -249,11 +254,14 @@ class ScoreStates(States):
         for mask in self._masks:
             yield from self._mover.bring([rows_here(mask.scores)]).wait()
 
-    def _step(self, mask: HeldMask, grad_scale: Tensor | None) -> Tensor | None:
-        """Take one matrix's optimiser step; return its next mask, or None if select() computes it later."""
-        module, resting = mask.module, self.optimizer.tensors(mask.scores)
-        tensors = dict(zip(resting, self._mover.bring(list(resting.values())).wait()))
-        later = self.selects_later(mask)
+    def _step(
+        self, mask: HeldMask, resting: dict[str, Tensor], arrived: list[Tensor], grad_scale: Tensor | None
+    ) -> Tensor | None:
+        """Take one matrix's optimiser step; return its next mask, or None if select() computes it later.
+
+        resting, arrived: its scores and moments at rest, and on the device.
+        """
+        module, tensors, later = mask.module, dict(zip(resting, arrived)), self.selects_later(mask)
         given = module.threshold is not None or later
         assert mask.grad is not None, "a step needs the gradient"
         if self._surrogate is not None and grad_scale is None:  # else update() has done it, before the norm

@@ -1,5 +1,6 @@
 """Bytes of a model's weights, masks, states and activations for a workload; pure Python."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -12,6 +13,9 @@ from mft.quantizers import QUANTIZERS
 
 Sizes = dict[str, int]
 
+#: The most bytes of a matrix's scores and moments that are copied to the device while another one is stepped. A step
+#: takes about a twentieth of its copies' time (by a model of an H100). Larger ones would hold too much memory for that.
+STATES_AHEAD = 512 << 20
 _SELECTION_WORKSPACE = 80 << 20  # keys and digits of _DEVICE_CHUNK scores in mft_kernels/mask/shared_threshold.py
 
 
@@ -118,12 +122,12 @@ class RunSizes:
         return 4 * n * -(-k // 32)
 
     def update_sizes(self, names: Sequence[str]) -> Sizes:
-        """Return the largest bytes of one matrix's step while the next one's gradients are being summed."""
-        pairs = zip(names, [*names[1:], None])
-        steps = [
-            {"staging": self._staging_bytes(name), "sums": 0 if other is None else self.sum_of(other, self.grad_bytes)}
-            for name, other in pairs
-        ]
+        """Return the largest bytes of one matrix's step; the next one's states arrive, and its gradient is summed."""
+        steps: list[Sizes] = [{"staging": self._staging_bytes(names[-1]), "sums": 0}]
+        for name, other in itertools.pairwise(names):
+            coming = int(self.size_of(other) * self.workload.state_bytes)
+            coming = coming if coming <= STATES_AHEAD else 0
+            steps.append({"staging": self._staging_bytes(name) + coming, "sums": self.sum_of(other, self.grad_bytes)})
         return max(steps, key=lambda sizes: sum(sizes.values()))
 
     def flip_sizes(self) -> Sizes:
