@@ -25,6 +25,9 @@ DEFAULTS = {
 }
 MEAN = reference_step.MEAN_BIAS, reference_step.MEAN_CODES
 SQUARE = reference_step.SQUARE_BIAS, reference_step.SQUARE_CODES
+INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+MOST_APART = 1e-3  # share of scores or codes; less than 1e-4 is expected
+ATOL = 2.0**-30  # of scores: a few units in the last place of an update of 1e-3
 STATE = ("scores", "exp_avg", "exp_avg_sq", "scales")  # what a step writes
 
 Tensors = Mapping[str, Tensor | None]
@@ -68,7 +71,7 @@ def assert_same(name: str, got: Tensor, expected: Tensor) -> None:
     got, expected = selectable(got), selectable(expected)  # codes as fp16, in which some are NaN or infinite
     if got.is_floating_point():
         assert torch.equal(got.isnan(), expected.isnan()), name
-        bits = {4: torch.int32, 2: torch.int16}[got.element_size()]
+        bits = INTEGER[got.element_size()]
         got, expected = (t.masked_fill(t.isnan(), 0).view(bits) for t in (got, expected))
     assert torch.equal(got, expected), (name, (got != expected).nonzero()[:5])
 
@@ -91,15 +94,44 @@ def assert_steps_equal_the_reference(
     options = DEFAULTS | options
     moved = copied({name: options[name] for name in ("grad_scale", "threshold")}, device)
     got, expected = (moved["threshold"],), (options["threshold"],)
+    approximate = is_approximate(device, ours)
     for number in range(options["step"], options["step"] + steps):
         hints = (got[0], expected[0]) if options["keep_ratio"] is not None else (None, None)
         now = options | {"step": number}
         got = score_step(**ours, **now | {"grad_scale": moved["grad_scale"], "threshold": hints[0]})
         expected = oracle.score_step(**theirs, **now | {"threshold": hints[1]})
-        assert_state_is_the_same(ours, theirs, message)
+        if approximate:
+            assert_state_is_near(ours, theirs, message)
+            theirs = copied(ours)  # errors do not add up; the mask is that of these scores
+            expected = reference_step.next_mask(theirs["scores"], options["mode"], options["keep_ratio"])
+        else:
+            assert_state_is_the_same(ours, theirs, message)
         assert_same(f"threshold {message}", got[0], expected[0])
         assert_same(f"packed {message}", got[1], expected[1])
     return ours, got
+
+
+def is_approximate(device: torch.device | str, tensors: Tensors) -> bool:
+    """Whether a GPU steps these tensors with approximate quotients and roots: the 8-bit scheme of triton."""
+    return torch.device(device).type == "cuda" and torch.version.hip is None and tensors["scales"] is not None
+
+
+def assert_state_is_near(ours: Tensors, theirs: Tensors, message: str = "") -> None:
+    """Assert what quotients and roots that are off by 2 units in the last place may change.
+
+    Few words and codes differ, each by one rounding; scales and fp32 scores differ in their last bits.
+    """
+    for name in STATE:
+        got, expected = (selectable(t[name]).cpu() for t in (ours, theirs))
+        assert torch.equal(got.isnan(), expected.isnan()), (name, message)
+        if expected.dtype == torch.float32:
+            assert torch.allclose(got, expected, rtol=2.0**-20, atol=ATOL, equal_nan=True), (name, message)
+            continue
+        apart = (got.view(INTEGER[got.element_size()]).int() - expected.view(INTEGER[got.element_size()]).int()).abs()
+        near = (got.float() - expected.float()).abs() <= ATOL  # -0 and 0, or two tiny scores, are many words apart
+        apart[near | got.isnan()] = 0
+        assert apart.max() <= 1, (name, message)
+        assert (apart > 0).sum() <= max(3, MOST_APART * apart.numel()), (name, message)
 
 
 def assert_state_is_the_same(ours: Tensors, theirs: Tensors, message: str = "") -> None:

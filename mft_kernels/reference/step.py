@@ -1,7 +1,8 @@
 """The reference of score_step: one optimiser step on a matrix of scores, in plain PyTorch, on any device.
 
 It defines what other implementations must match bit for bit: random words, minifloat codes, stochastic rounding and
-fixed-point scores. Arguments are trusted; the public function in ``ops`` checks them.
+fixed-point scores. Only triton's 8-bit scheme on NVIDIA GPUs may differ, by rare roundings (triton/score_step.py).
+Arguments are trusted; the public function in ``ops`` checks them.
 """
 
 import torch

@@ -8,10 +8,13 @@ side by side:
     chunk 0   | word 0  | word 1  | word 2  | word 3  |   a thread makes the four Philox words of 4 counters once and
     chunk 1   | word 0  | word 1  | word 2  | word 3  |   uses them for 4 neighbouring elements of each block
 
-If 16-bit scores come with their old threshold, the same pass counts their new keys: each key value in a window around
-the old threshold, and all keys above the window. A small program reads the new threshold from these counts. If the
-threshold lies outside the window, the program sets a flag. The kernels of select.py are always launched, but they read
-the scores again only if the flag is set. So the host never waits.
+If 16-bit scores come with their old threshold, the program reads its new scores back from the cache and counts their
+keys: each key value in a window around the old threshold, and all keys above the window. A small program reads the new
+threshold from these counts. If the threshold lies outside the window, the program sets a flag. The kernels of select.py
+are always launched, but they read the scores again only if the flag is set. So the host never waits.
+
+On an NVIDIA GPU, the 8-bit scheme takes approximate instructions for quotients and roots (PTX). They are off by 2 units
+in the last place at most, so that about one score in 10,000 is rounded the other way than in the reference.
 """
 
 import torch
@@ -26,12 +29,12 @@ from ...reference.step import BLOCK, CHUNK, MEAN_BIAS, MEAN_CODES, SQUARE_BIAS, 
 from .bits import pack_mask
 from .launch import launch
 from .select import INFINITY, keys_of, many_bins, select
-from .target import Target, target_of
+from .target import Target, interpreting, target_of
 
 # Four elements per thread: 16 bytes of fp32, 8 and 4 bytes of the other dtypes, and whole lines of 128 bytes per warp.
 # With eight elements, the 8-bit scheme takes 230 registers (sm_90), and two programs would fill a multiprocessor.
 _CHUNKS, _WARPS = 2, 4
-_REGISTERS = 168  # three programs per multiprocessor; with 144 registers, sm_100 spills
+_REGISTERS = 128  # four programs per multiprocessor
 _PROGRAMS = 6  # per multiprocessor; an estimate, not measured
 # 512 key values in each direction: 0.002 in fixed point, four octaves in bf16. No usual optimiser step moves a
 # threshold that far. 2048 bins spill (sm_90). Where Triton counts bin by bin (see select.py), 1024 bins would cost more
@@ -85,6 +88,7 @@ def score_step(update: Update) -> tuple[Tensor, Tensor]:
         CHUNKS=_CHUNKS,
         BIASES=(MEAN_BIAS, SQUARE_BIAS),
         CODES=(MEAN_CODES, SQUARE_CODES),
+        PTX=target.backend == "cuda" and not interpreting(),
         num_warps=_WARPS,
         maxnreg=_REGISTERS,
         enable_fp_fusion=False,  # the reference rounds every product
@@ -159,10 +163,10 @@ def _narrow(values, old, word, FORMAT: tl.constexpr):
             words = tl.where(magnitude > 0x7F800000, 0x7FC0, rounded)
         else:
             finite = magnitude < 0x7F800000
-            q = tl.where(finite, tl.minimum(tl.abs(values) * 262144.0, 31743.0), 0.0)
-            whole = q.to(tl.int32)
-            up = (q - whole.to(tl.float32)) * 65536.0 > bits.to(tl.float32)
-            code = tl.where(finite, whole + up.to(tl.int32), 0x7C00).to(tl.uint32)
+            # A number exceeds the whole number of bits exactly if its ceiling does. So the ceiling, in 2^-34, decides.
+            q = tl.ceil(tl.minimum(tl.abs(values) * 17179869184.0, 2080309248.0)).to(tl.int32)  # at most 31743 * 2^16
+            code = (q + (bits ^ 0xFFFF).to(tl.int32, bitcast=True)) >> 16
+            code = tl.where(finite, code, 0x7C00).to(tl.uint32)
             sign = (pattern >> 16) & 0x8000
             sign = tl.where(magnitude > 0x7F800000, 0, sign)
             sign = tl.where(magnitude == 0, old.to(tl.uint16, bitcast=True).to(tl.uint32) & 0x8000, sign)
@@ -185,20 +189,31 @@ def _signs(values, words, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def _quotient(a, b, PTX: tl.constexpr):
+    """Return a / b. By PTX, it is off by 2 units in the last place at most; b is from 2^-126 to 2^126, or gives 0."""
+    if PTX:
+        approximate: tl.constexpr = "div.approx.ftz.f32 $0, $1, $2;"
+        found = tl.inline_asm_elementwise(approximate, "=f,f,f", [a, b], tl.float32, is_pure=True, pack=1)
+    else:
+        found = tl.div_rn(a, b)
+    return found
+
+
+@triton.jit
 def _decode(codes, scale, BIAS: tl.constexpr, CODES: tl.constexpr):
     """Return minifloat codes as fp32, times their block's scale; see decode in reference/step.py."""
-    code = codes.to(tl.uint32)
-    magnitude = code & (CODES - 1)
-    normal = ((magnitude + ((127 - BIAS) << 3)) << 20).to(tl.float32, bitcast=True)
-    least = tl.full((), (125 - BIAS) << 23, tl.uint32).to(tl.float32, bitcast=True)  # 2^(-2 - BIAS)
-    values = tl.where(magnitude < 8, magnitude.to(tl.float32) * least, normal)
-    if CODES == 128:
-        values = tl.where(code >= 128, -values, values)
+    if CODES == 128:  # bit 7 is the sign
+        pattern = (codes.to(tl.int8, bitcast=True).to(tl.int32) << 20).to(tl.uint32, bitcast=True) & 0x87F00000
+    else:
+        pattern = codes.to(tl.uint32) << 20
+    # A float of the same exponent and mantissa bits, but of another bias. Of codes below 8 it is subnormal.
+    bias = tl.full((), (254 - BIAS) << 23, tl.uint32).to(tl.float32, bitcast=True)  # 2^(127 - BIAS)
+    values = pattern.to(tl.float32, bitcast=True) * bias
     return values * scale
 
 
 @triton.jit
-def _encode(values, inside, bits, BIAS: tl.constexpr, CODES: tl.constexpr):
+def _encode(values, inside, bits, BIAS: tl.constexpr, CODES: tl.constexpr, PTX: tl.constexpr):
     """Return (codes, scale of each row), rounded stochastically by 8 bits; see encode in reference/step.py."""
     pattern = values.to(tl.uint32, bitcast=True)
     magnitude = pattern & 0x7FFFFFFF
@@ -207,17 +222,23 @@ def _encode(values, inside, bits, BIAS: tl.constexpr, CODES: tl.constexpr):
     top = tl.max(magnitude.to(tl.int32), 1, keep_dims=True)  # bit patterns order as their values do, with NaN on top
     coded = (top >= (2 << 23)) & (top <= 0x7F800000)  # 2^-125
     largest = tl.minimum(top, 253 << 23).to(tl.float32, bitcast=True)  # 2^126
-    scale = tl.where(coded, tl.div_rn(largest, 1.875), tl.where(top > 0x7F800000, float("nan"), 0.0))
-    y = tl.where(coded, magnitude.to(tl.float32, bitcast=True) * tl.div_rn(1.875, tl.where(coded, largest, 1.0)), 0.0)
-    least = tl.full((), (128 - BIAS) << 23, tl.uint32).to(tl.float32, bitcast=True)  # 2^(1 - BIAS)
-    steps = tl.full((), (149 + BIAS) << 23, tl.uint32).to(tl.float32, bitcast=True)  # 2^(22 + BIAS)
-    low = (tl.minimum(y, least) * steps).to(tl.uint32)
-    fixed = tl.where(y < least, low, y.to(tl.uint32, bitcast=True) - ((127 - BIAS) << 23))
-    codes = tl.minimum((fixed + ((bits & 0xFF) << 12) + 2048) >> 20, CODES - 1)
+    scale = tl.where(coded, _quotient(largest, 1.875, PTX), tl.where(top > 0x7F800000, float("nan"), 0.0))
+    y = tl.abs(values) * tl.where(coded, _quotient(1.875, tl.where(coded, largest, 1.0), PTX), 0.0)
+    if PTX:  # below the least, the product is subnormal, and rounding toward 0 truncates it
+        factor = tl.full((), BIAS << 23, tl.uint32).to(tl.float32, bitcast=True)  # 2^(BIAS - 127)
+        cut: tl.constexpr = "mul.rz.f32 $0, $1, $2;"
+        y = tl.inline_asm_elementwise(cut, "=f,f,f", [y, factor], tl.float32, is_pure=True, pack=1)
+        fixed = y.to(tl.uint32, bitcast=True)
+    else:
+        least = tl.full((), (128 - BIAS) << 23, tl.uint32).to(tl.float32, bitcast=True)  # 2^(1 - BIAS)
+        steps = tl.full((), (149 + BIAS) << 23, tl.uint32).to(tl.float32, bitcast=True)  # 2^(22 + BIAS)
+        low = (tl.minimum(y, least) * steps).to(tl.uint32)
+        fixed = tl.where(y < least, low, y.to(tl.uint32, bitcast=True) - ((127 - BIAS) << 23))
+    codes = tl.minimum((fixed + ((bits & 0xFF) << 12) + 2048) >> 20, tl.where(coded, CODES - 1, 0).to(tl.uint32))
     if CODES == 128:
-        codes = codes | tl.where(coded, (pattern >> 24) & 0x80, 0)
+        codes = codes | ((pattern >> 24) & tl.where(coded, 0x80, 0).to(tl.uint32))
     else:  # a positive square stays positive
-        codes = tl.where(coded & (magnitude > 0), tl.maximum(codes, 1), codes)
+        codes = tl.maximum(codes, tl.minimum(pattern, coded.to(tl.uint32)))
     return codes.to(tl.uint8), scale
 
 
@@ -236,13 +257,19 @@ def _window_start(hint, MODE: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _place(words, inside, start, MODE: tl.constexpr, INFINITY: tl.constexpr, WINDOW: tl.constexpr):
-    """Return each key's place: its bin, 0 .. WINDOW - 1; -1 below the window; WINDOW above; WINDOW + 1 not finite."""
-    place = tl.minimum(tl.maximum(_keys_of_16_bits(words, MODE) - start, -1), WINDOW)
-    place = tl.where((words.to(tl.int32) & 0x7FFF) >= INFINITY, WINDOW + 1, place)
+def _count(
+    scores, offsets, inside, start, bins, above, bad,
+    MODE: tl.constexpr, INFINITY: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Return the counts, to which those of the keys at ``offsets`` are added. If one is not finite, only bad counts."""
+    words = tl.load(scores + offsets, mask=inside, other=None if inside is None else 0)
+    place = _keys_of_16_bits(words, MODE) - start  # in the window: 0 .. WINDOW - 1
     if inside is not None:
         place = tl.where(inside, place, -1)
-    return place
+    bins += tl.histogram(place, WINDOW, mask=place.to(tl.uint32, bitcast=True) < WINDOW)
+    above += tl.sum((place >= WINDOW).to(tl.int32))
+    bad += (tl.max(words.to(tl.int32) & 0x7FFF) >= INFINITY).to(tl.int32)
+    return bins, above, bad
 
 
 @triton.jit(do_not_specialize=["kept"])
@@ -276,13 +303,33 @@ def _window_kernel(
 
 
 @triton.jit
+def _words(counter, seed, step):
+    """Return the four words of each counter and of the 3 after it, (CHUNKS, 4 n); counter (CHUNKS, n): multiples of 4.
+
+    A thread then has the words of neighbours, as it loads them. Words of one call would pass through shared memory.
+    """
+    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    zero = tl.zeros_like(low)
+    number = zero + step.to(tl.uint32)
+    a = tl.philox(seed, low, high, number, zero)
+    b = tl.philox(seed, low + 1, high, number, zero)
+    c = tl.philox(seed, low + 2, high, number, zero)
+    d = tl.philox(seed, low + 3, high, number, zero)
+    w0 = tl.interleave(tl.interleave(a[0], c[0]), tl.interleave(b[0], d[0]))
+    w1 = tl.interleave(tl.interleave(a[1], c[1]), tl.interleave(b[1], d[1]))
+    w2 = tl.interleave(tl.interleave(a[2], c[2]), tl.interleave(b[2], d[2]))
+    w3 = tl.interleave(tl.interleave(a[3], c[3]), tl.interleave(b[3], d[3]))
+    return w0, w1, w2, w3
+
+
+@triton.jit
 def _step_block(
-    scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, start, numel, block, word,
+    scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, numel, block, word,
     decay, beta1, minus_beta1, beta2, minus_beta2, minus_step_size, correction, eps,
-    FORMAT: tl.constexpr, FROM_END: tl.constexpr, MODE: tl.constexpr, INFINITY: tl.constexpr, WINDOW: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK: tl.constexpr, BIASES: tl.constexpr, CODES: tl.constexpr,
+    FORMAT: tl.constexpr, FROM_END: tl.constexpr, MODE: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr, BIASES: tl.constexpr, CODES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Step the blocks numbered ``block``, (CHUNKS, 1), and return the places of their new keys; see _place."""
+    """Step the blocks numbered ``block``, (CHUNKS, 1)."""
     offsets = block * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = None if WHOLE else offsets < numel
     blocks = tl.cdiv(numel, BLOCK)
@@ -318,20 +365,18 @@ def _step_block(
         m = m * beta1 + g * minus_beta1
         v = v * beta2 + (g * g) * minus_beta2
         moved = m
-        root = tl.sqrt_rn(v)
+        root = tl.sqrt(v) if PTX else tl.sqrt_rn(v)
         if weight is not None:
             moved = m * w
             root = root * tl.abs(w)
-        values += tl.div_rn(moved * minus_step_size, root * correction + eps)
-        codes, scale = _encode(m, inside, word >> 16, BIASES[0], CODES[0])
+        values += _quotient(moved * minus_step_size, root * correction + eps, PTX)
+        codes, scale = _encode(m, inside, word >> 16, BIASES[0], CODES[0], PTX)
         tl.store(exp_avg + offsets, codes, mask=inside)
         tl.store(scales + block, scale, mask=exists)
-        codes, scale = _encode(v, inside, word >> 24, BIASES[1], CODES[1])
+        codes, scale = _encode(v, inside, word >> 24, BIASES[1], CODES[1], PTX)
         tl.store(exp_avg_sq + offsets, codes, mask=inside)
         tl.store(scales + blocks + block, scale, mask=exists)
-    new = _narrow(values, old, word, FORMAT)
-    tl.store(scores + offsets, new, mask=inside)
-    return _place(new, inside, start, MODE, INFINITY, WINDOW) if FORMAT != "fp32" else offsets
+    tl.store(scores + offsets, _narrow(values, old, word, FORMAT), mask=inside)
 
 
 @triton.jit
@@ -340,31 +385,29 @@ def _step_chunks(
     step, seed_low, seed_high, decay, beta1, minus_beta1, beta2, minus_beta2, minus_step_size, correction, eps,
     FORMAT: tl.constexpr, FROM_END: tl.constexpr, MODE: tl.constexpr, INFINITY: tl.constexpr, WINDOW: tl.constexpr,
     COUNTED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr,
-    BIASES: tl.constexpr, CODES: tl.constexpr,
+    BIASES: tl.constexpr, CODES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Step CHUNKS chunks from number ``chunk`` on, and return the counts, to which theirs are added if COUNTED."""
     chunks = chunk + tl.arange(0, CHUNKS).to(tl.int64)[:, None]
-    counter = chunks * BLOCK + tl.arange(0, BLOCK)[None, :]
-    low = counter.to(tl.uint32)
-    zero = tl.zeros_like(low)
-    seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
     if scales is None and FORMAT == "fp32":  # nothing is rounded
+        zero = tl.zeros((CHUNKS, BLOCK), tl.uint32)
         w0, w1, w2, w3 = zero, zero, zero, zero
     else:
-        w0, w1, w2, w3 = tl.philox(seed, low, (counter >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero)
-    # The loop must not be unrolled: it would load four blocks ahead and spill.
-    for i in tl.range(0, 4, loop_unroll_factor=1):
+        seed = (seed_high.to(tl.uint32, bitcast=True).to(tl.uint64) << 32) | seed_low.to(tl.uint32, bitcast=True)
+        w0, w1, w2, w3 = _words(chunks * BLOCK + tl.arange(0, BLOCK // 4)[None, :] * 4, seed, step)
+    # By two: 137 instructions per int16 score with 8-bit moments (sm_90). By four: 125, but 32 KiB of code.
+    for i in tl.range(0, 4, loop_unroll_factor=2):
         word = tl.where(i < 2, tl.where(i == 0, w0, w1), tl.where(i == 2, w2, w3))
-        place = _step_block(
-            scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, start, numel, chunks * 4 + i, word,
+        _step_block(
+            scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, numel, chunks * 4 + i, word,
             decay, beta1, minus_beta1, beta2, minus_beta2, minus_step_size, correction, eps,
-            FORMAT, FROM_END, MODE, INFINITY, WINDOW, WHOLE, BLOCK, BIASES, CODES,
+            FORMAT, FROM_END, MODE, WHOLE, BLOCK, BIASES, CODES, PTX,
         )  # fmt: skip
-        if COUNTED:
-            above += tl.sum((place == WINDOW).to(tl.int32))
-            bad += tl.sum((place > WINDOW).to(tl.int32))
-            flat = place.reshape(CHUNKS * BLOCK)
-            bins += tl.histogram(flat, WINDOW, mask=(flat >= 0) & (flat < WINDOW))
+    if COUNTED:
+        tl.debug_barrier()  # other threads have written these scores
+        offsets = chunk * (4 * BLOCK) + tl.arange(0, CHUNKS * 4 * BLOCK)
+        inside = None if WHOLE else offsets < numel
+        bins, above, bad = _count(scores, offsets, inside, start, bins, above, bad, MODE, INFINITY, WINDOW)
     return bins, above, bad
 
 
@@ -374,7 +417,7 @@ def _score_step_kernel(
     scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, hint, counts, clock, numel,
     step, seed_low, seed_high, decay, beta1, minus_beta1, beta2, minus_beta2, minus_step_size, correction, eps,
     FORMAT: tl.constexpr, FROM_END: tl.constexpr, MODE: tl.constexpr, INFINITY: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, BIASES: tl.constexpr, CODES: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, BIASES: tl.constexpr, CODES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Step every num_programs-th group of CHUNKS chunks. Whole groups are loaded without a mask, as in select.py."""
     COUNTED: tl.constexpr = counts is not None
@@ -395,14 +438,14 @@ def _score_step_kernel(
             scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, start, bins, above, bad, numel,
             group * CHUNKS, step, seed_low, seed_high,
             decay, beta1, minus_beta1, beta2, minus_beta2, minus_step_size, correction, eps,
-            FORMAT, FROM_END, MODE, INFINITY, WINDOW, COUNTED, True, BLOCK, CHUNKS, BIASES, CODES,
+            FORMAT, FROM_END, MODE, INFINITY, WINDOW, COUNTED, True, BLOCK, CHUNKS, BIASES, CODES, PTX,
         )  # fmt: skip
     if tl.program_id(0) == groups % tl.num_programs(0):
         bins, above, bad = _step_chunks(
             scores, grad, weight, exp_avg, exp_avg_sq, scales, grad_scale, start, bins, above, bad, numel,
             groups.to(tl.int64) * CHUNKS, step, seed_low, seed_high,
             decay, beta1, minus_beta1, beta2, minus_beta2, minus_step_size, correction, eps,
-            FORMAT, FROM_END, MODE, INFINITY, WINDOW, COUNTED, False, BLOCK, CHUNKS, BIASES, CODES,
+            FORMAT, FROM_END, MODE, INFINITY, WINDOW, COUNTED, False, BLOCK, CHUNKS, BIASES, CODES, PTX,
         )  # fmt: skip
     if COUNTED:
         tl.atomic_add(counts + tl.arange(0, WINDOW), bins.to(tl.int64), mask=bins > 0, sem="relaxed")
