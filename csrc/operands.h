@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/huge_pages.h"
+#include "cpu/recycled.h"
 #include "cpu/keep_range.h"
 #include "cpu/linear.h"
 #include "registration.h"
@@ -126,9 +127,23 @@ inline MaskSource mask_source(const std::optional<Tensor>& scores, const std::op
 //   scores, fp32       1.22                   1.04
 //   scores, bf16       0.8 or 1.2 by chance   1.01
 //   held mask, bf16    0.77                   0.94
+inline bool takes_huge_pages(int64_t tokens) { return tokens < 2048; }
+
 inline void expect_writes(void* memory, int64_t bytes, int64_t tokens) {
-  constexpr int64_t kManyTokens = 2048;
-  if (tokens < kManyTokens) advise_huge_pages(memory, bytes);
+  if (takes_huge_pages(tokens)) advise_huge_pages(memory, bytes);
+}
+
+// Return a new tensor of the weight's shape, in recycled memory if it is large.
+inline Tensor empty_gradient(const Tensor& weight, ScalarType type, int64_t tokens) {
+  const int64_t sizes[] = {weight.size(0), weight.size(1)}, strides[] = {sizes[1], 1};
+  const int64_t bytes = weight.numel() * (type == ScalarType::Float ? 4 : 2);
+  void* memory = bytes < kRecycledBytes ? nullptr : take_recycled(bytes, takes_huge_pages(tokens));
+  if (memory != nullptr) {
+    return torch::stable::from_blob(memory, {sizes, 2}, {strides, 2}, weight.device(), type, &recycle);
+  }
+  Tensor t = torch::stable::new_empty(weight, {sizes, 2}, type);
+  expect_writes(t.mutable_data_ptr(), bytes, tokens);
+  return t;
 }
 
 inline Tensor empty_matrix(const Tensor& like, int64_t rows, int64_t columns, int64_t tokens) {

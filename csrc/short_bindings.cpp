@@ -108,10 +108,8 @@ std::vector<Tensor> gradients(const Tensor& grad_output, const Tensor& x, const 
   if (output_mask[0]) grads[0] = d_x_of(grad_output, w, mask);
   if (output_mask[2]) {
     const Matrix grad = tokens_of(grad_output, "grad_output", w.rows, w.format);
-    const int64_t sizes[] = {w.rows, w.columns};
-    grads[2] = torch::stable::new_empty(weight, {sizes, 2}, score_type);
+    grads[2] = empty_gradient(weight, score_type, grad.rows);
     const Matrix d_scores = output(grads[2], "d_scores");
-    expect_writes(d_scores.data, w.rows * w.columns * mft::bytes_of(d_scores.format), grad.rows);
     mft::grad_scores(mft::chosen_capability(), d_scores, grad, tokens_of(x, "x", w.columns, w.format), w, sign, false);
   }
   return grads;

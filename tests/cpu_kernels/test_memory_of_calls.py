@@ -1,4 +1,4 @@
-"""Calls of an op leave nothing in the C++ heap, however many there are."""
+"""Calls of an op leave nothing in the C++ heap, however many there are; large gradients share memory in turn."""
 
 import ctypes
 import platform
@@ -6,7 +6,7 @@ import platform
 import pytest
 import torch
 
-from mft_kernels import kept_threshold, masked_linear, masked_linear_many, pack_mask
+from mft_kernels import MaskedLinear, kept_threshold, masked_linear, masked_linear_many, pack_mask
 
 CALLS = 2000
 _FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
@@ -54,3 +54,22 @@ def test_calls_leave_nothing_in_the_heap(call, asked, monkeypatch):
     for _ in range(CALLS):
         call(x, weight, scores, threshold)
     assert (bytes_in_use() - before) / CALLS < 4  # a leaked string takes 48
+
+
+def test_a_large_gradient_takes_the_memory_of_the_one_before():
+    layer = MaskedLinear.from_linear(torch.nn.Linear(2048, 4096, bias=False))
+    x = torch.ones(1, 2048)
+
+    def gradient():
+        layer(x).sum().backward()
+        found, layer.scores.grad = layer.scores.grad, None
+        return found
+
+    first = gradient()
+    expected, address = first.clone(), first.data_ptr()
+    del first
+    second, third = gradient(), gradient()
+    assert second.data_ptr() == address
+    assert third.data_ptr() != address
+    assert torch.equal(second, expected)
+    assert torch.equal(third, expected)
