@@ -98,7 +98,10 @@ def main(quick: bool = False) -> None:
         goal = GOALS.get(case.m)
         found = ratio(samples, OURS, DENSE, None if goal is None else "at most", goal, f": {case}")
         findings += [found, ratio(samples, OURS, LORA, suffix=f": {case}")]
-        rows += [case.columns() | comparison_row(samples, name, DENSE) | {"target": goal} for name in samples]
+        rows += [
+            case.columns() | comparison_row(samples, name, DENSE) | {"target": goal if name == OURS else None}
+            for name in samples
+        ]
         print(f"{case}: {found.measured} x dense, {findings[-1].measured} x LoRA", flush=True)
     title = f"A layer's step with its optimiser on a CPU, {torch.get_num_threads()} threads"
     report("loop", title, findings, printed=False, cases=rows)
