@@ -1,6 +1,5 @@
 """Regimes in which gain is not the deciding criterion; one command each, an estimated hour on two cores.
 
 mft compare --config benchmarks/studies/little-data.yaml     little data, trained on for long
-python -m benchmarks.regimes.sequential_tasks                five tasks, learned one after the other
 python -m benchmarks.regimes.federated                       ten clients that send at most 1 bit per weight
 """

@@ -21,10 +21,10 @@ from .runs import Run
 
 @dataclass(frozen=True)
 class Way:
-    """What is trained, how it is learned one after the other or together, and the rates to choose from."""
+    """What is trained, how it is learned together, and the rates to choose from."""
 
     arm: Callable[..., Arm]
-    method: Callable[..., Any]  # a Learner or a Federation
+    method: Callable[..., Any]  # a Federation
     rates: list[float]
 
 
