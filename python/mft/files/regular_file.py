@@ -41,6 +41,14 @@ def check_regular(path: Path) -> None:
     _check_mode(path, path.stat().st_mode)
 
 
+def is_at(path: Path, descriptor: int) -> bool:
+    """Whether path names the file that is open as descriptor, which others may have deleted or replaced."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
 def _check_mode(path: Path, mode: int) -> None:
     kind = stat.S_IFMT(mode)
     if kind != stat.S_IFREG:

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from mft.checks import nearest_path
 from mft.files.atomic import convert_disk_errors
-from mft.files.regular_file import check_regular
+from mft.files.regular_file import check_regular, is_at
 
 
 def check_there(path: Path) -> None:
@@ -44,7 +44,7 @@ def claim(path: Path) -> Iterator[BinaryIO]:
     """Yield a new file of ours, deleted on failure. Raises: RuntimeError or ValueError if it is taken; OSError."""
     while True:
         with _locked(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, fcntl.LOCK_EX) as descriptor:
-            if not _is_at(path, descriptor):  # its last holder has deleted it
+            if not is_at(path, descriptor):  # its last holder has deleted it
                 continue
             if os.fstat(descriptor).st_size:  # a killed process leaves an empty file
                 raise ValueError(
@@ -74,10 +74,3 @@ def _locked(path: Path, flags: int, kind: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
-        return False

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+from mft.files.regular_file import is_at
+
 LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of a disk that cannot lock, such as some NFS
 _MOMENT = 1.0  # seconds; one that shares the lock holds it alone while it removes the file
@@ -36,7 +38,7 @@ def hold(directory: Path, *, shared: bool = False) -> Iterator[None]:
                 _lock(descriptor, shared)
             except BlockingIOError:
                 raise RuntimeError(f"output_dir {directory} is in use by {_refusal(descriptor, shared)}") from None
-            if not _is_at(path, descriptor):  # its last holder has removed it: lock the present file
+            if not is_at(path, descriptor):  # its last holder has removed it: lock the present file
                 continue
             try:
                 _sign(descriptor, directory)
@@ -117,10 +119,3 @@ def _unwritable_error(directory: Path, error: OSError) -> OSError:
         f"output_dir must be writable, got {directory} ({error.strerror}): see that the disk has room and may be "
         "written to, or name another one"
     )
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
-        return False
