@@ -5,6 +5,7 @@ import errno
 import os
 from pathlib import Path
 
+from bad_inputs.environment import fails
 from mft.files.atomic import NotWritten, publish, write_whole
 from mft.files.yaml_file import dump_yaml
 from mft_study.ablate import derive
@@ -16,16 +17,6 @@ from mft_study.shared.alike import read_noted
 from mft_study.shared.leases import Leases, Pace, open_leases
 from mft_study.store import Store, fine_tunes_in, open_store
 from mft_study.study_run import run_study
-
-
-def fail_with(code):
-    """Return a replacement for a system call, which fails."""
-
-    def fail(*arguments, **options):
-        raise OSError(code, os.strerror(code))
-
-    return fail
-
 
 PACE = Pace(beat=0.05, expiry=0.2, look=0.05)
 
@@ -73,12 +64,12 @@ workers on ray without ray
     -> ValueError: --on ray | must find the package ray | got none
         | pip install --no-build-isolation -e '.[ray]' in the clone
 a result on a disk without hard links
-    patch.setattr(os, "link", fail_with(errno.EPERM))
+    patch.setattr(os, "link", fails(errno.EPERM))
     publish(tmp / "result.json", "{}")
     -> NotWritten: result.json | must be on a disk with hard links | got Operation not permitted
         | name a directory on another disk
 a lease on a full disk
-    patch.setattr(os, "write", fail_with(errno.ENOSPC))
+    patch.setattr(os, "write", fails(errno.ENOSPC))
     Leases(tmp).take("unit")
     -> NotWritten: unit.1 | could not be written | No space left on device | see that the disk has room
 a directory in place of a lease

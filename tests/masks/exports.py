@@ -3,29 +3,18 @@
 import json
 
 import safetensors.torch
+import tiny_architectures
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from mft.masks.convert import masked_modules
 
-TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 CONFIG, MASKS = "adapter_config.json", "adapter_model.safetensors"
 UP = "model.layers.1.mlp.up_proj"
 
 
 def llama(hidden_size=40):
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            **TOKENS,
-            hidden_size=hidden_size,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-        )
-    )
+    return tiny_architectures.llama(hidden_size=hidden_size)
 
 
 def masks(model):

@@ -8,7 +8,8 @@ import os
 import pytest
 import safetensors.torch
 import torch
-from exports import CONFIG, MASKS, TOKENS, UP, assert_same_tensors, edit_config, edit_masks, llama, masks
+from exports import CONFIG, MASKS, UP, assert_same_tensors, edit_config, edit_masks, llama, masks
+from tiny_architectures import TOKENS
 from tiny_mixtures import mixture
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
