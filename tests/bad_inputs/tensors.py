@@ -68,6 +68,9 @@ TABLE = r"""
 x of another number of features
     masked_linear(torch.ones(2, 6), weight, scores, threshold)
     -> ValueError: x | must end in in_features = 5 of weight (4, 5) | (2, 6)
+x of no dimension
+    masked_linear(torch.tensor(1.0), weight, scores, threshold)
+    -> ValueError: x | must end in in_features = 5 of weight (4, 5) | ()
 a weight that is a vector
     masked_linear(x, torch.ones(5), scores, threshold)
     -> ValueError: weight | must be (N, K) | shape (5,)

@@ -141,8 +141,6 @@ def test_a_directory_holds_out_its_own_splits(words, write, tmp_path):
     splits = load_splits(streamed(str(tmp_path / "set")), words)
     assert [row["input_ids"][0] for row in splits.validation] == [31, 32, 33]
     assert {int(t) for _, row in itertools.islice(splits.train, 50) for t in row.input_ids} == set(range(11))
-    with pytest.raises(ValueError, match=r"data.split must be a whole split with data.streaming, got 'train\[:5\]'"):
-        load_splits(streamed(str(tmp_path / "set"), split="train[:5]"), words)
 
 
 def test_a_data_set_of_the_hub_is_streamed_with_its_own_validation(words, write, monkeypatch):

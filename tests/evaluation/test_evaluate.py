@@ -81,10 +81,7 @@ def test_evaluation_leaves_the_training_mode_alone():
     assert model.training
 
 
-def test_rows_without_a_label_are_refused():
-    rows = make_rows(2).map(lambda row: {"labels": [-100] * 12})
-    with pytest.raises(ValueError, match="must score at least one token, got 2 rows without a label"):
-        evaluate(make_llama(), rows)
+def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="at least one row to evaluate, got 0"):
         evaluate(make_llama(), Dataset.from_dict({"input_ids": [], "labels": [], "document": []}))
 

@@ -39,5 +39,3 @@ def test_the_last_number_decides_whatever_the_way_to_it():
     assert right("Half of 8 is 4, and 4 + 68 makes 72.00", "48/2 = 24\n#### 72")
     assert not right("72 less 1 is 71", "#### 72")
     assert not right("I do not know", "#### 72")
-    with pytest.raises(ValueError, match="completion must hold a number for the verifier last_number, got 'many'"):
-        right("72", "many")

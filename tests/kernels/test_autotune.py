@@ -31,12 +31,6 @@ def test_measuring_is_asked_for_by_name(monkeypatch, value, expected):
     assert measuring() == expected
 
 
-def test_another_value_is_an_error(monkeypatch):
-    monkeypatch.setenv("MFT_AUTOTUNE", "yes")
-    with pytest.raises(ValueError, match="MFT_AUTOTUNE must be 0 or 1, got 'yes'; unset it"):
-        measuring()
-
-
 def test_deterministic_algorithms_measure_nothing(monkeypatch):
     monkeypatch.setenv("MFT_AUTOTUNE", "1")
     torch.use_deterministic_algorithms(True)

@@ -9,19 +9,10 @@ from mft_kernels.codes import Nf4
 from mft_kernels.testing import integer_inputs
 
 
-def test_an_explicit_request_that_cannot_be_served_raises_with_the_reason():
-    t = integer_inputs(2, 3, 4)
-    with pytest.raises(RuntimeError, match="backend='triton' cannot serve masked_linear: .*; use 'auto'"):
-        mft_kernels.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0), backend="triton")
-
-
 def test_the_environment_variable_chooses_and_is_named_in_errors(monkeypatch):
     t = integer_inputs(2, 3, 4)
     monkeypatch.setenv("MFT_KERNELS", "cuda")
     with pytest.raises(RuntimeError, match="MFT_KERNELS='cuda' cannot serve"):
-        mft_kernels.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0))
-    monkeypatch.setenv("MFT_KERNELS", "fast")
-    with pytest.raises(ValueError, match="MFT_KERNELS must be one of .*got 'fast'"):
         mft_kernels.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0))
     monkeypatch.setenv("MFT_KERNELS", "reference")
     assert mft_kernels.masked_linear(t.x, t.weight, t.scores, torch.tensor(1.0)).shape == (2, 3)

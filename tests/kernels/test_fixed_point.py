@@ -48,12 +48,6 @@ def test_what_is_not_finite_stays_so():
     assert not float_from_fixed(codes).isfinite().any()
 
 
-def test_a_threshold_of_another_dtype_is_refused_for_codes():
-    codes = fixed_from_float(normal(3, 5))
-    with pytest.raises(TypeError, match="threshold must be an int16 code as the scores are, got torch.float32"):
-        mft_kernels.pack_mask(codes, torch.tensor(0.01))
-
-
 def test_codes_that_are_not_finite_are_an_error_that_counts_them():
     codes = fixed_from_float(normal(3, 5))
     codes[1, 2] = LARGEST_CODE + 1

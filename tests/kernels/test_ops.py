@@ -116,25 +116,6 @@ def test_nothing_is_saved_or_computed_for_arguments_without_gradient():
     assert t.scores.grad is None
 
 
-def test_a_second_derivative_is_refused():
-    t = random_inputs(3, 4, 5)
-    x = t.x.requires_grad_()
-    y = mft_kernels.masked_linear(x, t.weight, t.scores, torch.tensor(0.01)).square().sum()
-    (d_x,) = torch.autograd.grad(y, x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
-        d_x.sum().backward()
-
-
-def test_scores_changed_between_forward_and_backward_are_noticed():
-    t = random_inputs(3, 4, 5)
-    scores = t.scores.requires_grad_()
-    y = mft_kernels.masked_linear(t.x, t.weight, scores, torch.tensor(0.01))
-    with torch.no_grad():
-        scores.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
 @pytest.mark.parametrize("with_weight", [True, False])
 def test_accumulation_shows_in_the_version_of_its_buffer(with_weight, backend):
     t = integer_inputs(6, 5, 37)
@@ -238,49 +219,10 @@ def test_autocast_casts_x_weight_and_bias_but_never_scores():
 NEITHER = {"weight": None, "scores": None}  # of accumulate_score_grad: the product alone is added
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"x": torch.ones(2, 6)}, ValueError, r"x must end in in_features = 5 of weight \(4, 5\), got shape \(2, 6\)"),
-        ({"x": torch.tensor(1.0)}, ValueError, r"x must end in in_features = 5"),
-        ({"x": torch.ones(2, 5, dtype=torch.int64)}, TypeError, "x must be float32.*got torch.int64"),
-        ({"x": torch.ones(2, 5).half()}, TypeError, "x must have weight's dtype torch.float32, got torch.float16"),
-        ({"x": torch.ones(2, 5, device="meta")}, ValueError, "x must be on weight's device cpu, got meta"),
-        ({"weight": torch.ones(5)}, ValueError, r"weight must be \(N, K\), got shape \(5,\)"),
-        ({"scores": torch.ones(4, 4)}, ValueError, r"scores must match weight \(4, 5\), got \(4, 4\)"),
-        ({"scores": torch.ones(4, 5, dtype=torch.int32)}, TypeError, "scores must be float32.*got torch.int32"),
-        ({"threshold": torch.ones(5)}, ValueError, r"threshold must be \(\) or one per row \(4,\), got shape \(5,\)"),
-        ({"bias": torch.ones(5)}, ValueError, r"bias must be \(4,\), got \(5,\)"),
-        ({"bias": torch.ones(4).bfloat16()}, TypeError, "bias must have x's dtype"),
-        ({"mode": "top"}, ValueError, r"mode must be one of \('magnitude', 'value'\), got 'top'"),
-        ({"backend": "quantum"}, ValueError, "backend must be one of .*got 'quantum'"),
-        ({"backend": "cuda"}, RuntimeError, "backend='cuda' cannot serve masked_linear"),
-    ],
-)
-def test_masked_linear_names_argument_rule_and_value(change, error, message):
-    arguments = {
-        "x": torch.ones(2, 5),
-        "weight": torch.ones(4, 5),
-        "scores": torch.ones(4, 5),
-        "threshold": torch.tensor(0.5),
-        "bias": torch.ones(4),
-    } | change
-    with pytest.raises(error, match=message):
-        mft_kernels.masked_linear(**arguments)
-
-
-@pytest.mark.parametrize(
-    ("scores", "keep_ratio", "error", "message"),
-    [
-        *((torch.ones(3, 3), ratio, ValueError, r"keep_ratio must lie in \[0, 1\].*got") for ratio in (-0.1, 1.1)),
-        *((torch.ones(3, 3), float(ratio), ValueError, "keep_ratio must lie in .*got") for ratio in ("nan", "inf")),
-        (torch.ones(3, 3), "0.9", TypeError, "keep_ratio must be a number, got str"),
-        (torch.tensor([[torch.nan, 1], [torch.inf, 0]]), 0.9, ValueError, r"finite, got 2 NaN or Inf among \(2, 2\)"),
-    ],
-)
-def test_kept_threshold_names_argument_rule_and_value(scores, keep_ratio, error, message):
-    with pytest.raises(error, match=message):
-        mft_kernels.kept_threshold(scores, keep_ratio)
+@pytest.mark.parametrize("keep_ratio", [-0.1, 1.1, torch.nan, torch.inf])
+def test_a_keep_ratio_outside_of_0_to_1_is_refused(keep_ratio):
+    with pytest.raises(ValueError, match=r"keep_ratio must lie in \[0, 1\].*got"):
+        mft_kernels.kept_threshold(torch.ones(3, 3), keep_ratio)
 
 
 def test_keep_ratio_1_keeps_all_and_0_keeps_none():
@@ -298,8 +240,6 @@ def test_keep_ratio_1_keeps_all_and_0_keeps_none():
     ],
 )
 def test_a_packed_mask_of_another_form_is_refused(packed, error, message):
-    with pytest.raises(error, match=message):
-        mft_kernels.masked_linear_packed(torch.ones(2, 33), torch.ones(4, 33), packed)
     with pytest.raises(error, match=message):
         mft_kernels.unpack_mask(packed, (4, 33))
 
@@ -334,22 +274,9 @@ def test_masked_linear_many_names_argument_rule_and_value(change, error, message
     ("change", "error", "message"),
     [
         ({"out": torch.zeros(5, 4)}, ValueError, r"out must be contiguous and match weight \(4, 5\), got \(5, 4\)"),
-        ({"grad_output": torch.ones(3, 4)}, ValueError, r"grad_output must be \(2, 4\), got \(3, 4\)"),
-        ({"scores": None}, ValueError, "needs scores or signs, got neither"),
-        ({"weight": None}, ValueError, "scores must be None if weight is None"),
         ({"signs": torch.ones(4, 1).int()} | NEITHER, ValueError, "signs must be None if weight is None"),
-        (
-            {"out": torch.zeros(5, 4).T} | NEITHER,
-            ValueError,
-            r"out must be contiguous and \(N, K\), got .*strides \(1, 4\)",
-        ),
         ({"x": torch.ones(2, 4)} | NEITHER, ValueError, r"x must end in K = 5 of out \(4, 5\), got shape \(2, 4\)"),
         ({"grad_output": torch.ones(3, 4)} | NEITHER, ValueError, r"grad_output must be \(2, 4\), got \(3, 4\)"),
-        (
-            {"grad_output": torch.ones(2, 4).bfloat16()} | NEITHER,
-            TypeError,
-            "must have x's dtype torch.float32, got torch.b",
-        ),
     ],
 )
 def test_accumulate_score_grad_refuses_what_it_cannot_add_into(change, error, message):

@@ -103,7 +103,6 @@ OK = {"step": 1, "lr": 1e-3}
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"step": 0}, ValueError, "step must be an integer from 1, got 0"),
         ({"lr": -1.0}, ValueError, "lr must be finite and at least 0, got -1.0"),
         ({"lr": "1"}, TypeError, "lr must be a number, got str; use float(lr)"),
         ({"lr": torch.ones(2)}, ValueError, "lr must be a number or a scalar (), got (2,)"),
@@ -136,7 +135,6 @@ def test_a_wrong_option_is_refused_by_name(options, error, message):
     [
         ("scores", torch.zeros(4, 8).half(), TypeError, "scores must be float32, bfloat16 (rounded stochastically) or"),
         ("scores", torch.zeros(4, 8).double(), TypeError, "scores must be float32, bfloat16"),
-        ("scores", torch.zeros(8, 4).T, ValueError, "scores must be (N, K) and contiguous, got (4, 8), strides (1, 4)"),
         ("scores", torch.zeros(8), ValueError, "scores must be (N, K) and contiguous"),
         ("grad", torch.zeros(8, 4), ValueError, "grad must match scores (4, 8), got (8, 4)"),
         ("grad", torch.zeros(4, 8).long(), TypeError, "grad must be float32, bfloat16 or float16, got torch.int64"),

@@ -132,7 +132,6 @@ def test_a_private_repository_is_shown_to_a_token_that_may_read_it(hub, saved, m
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"config.json": b"{}"}, "must hold an export of masks, .* got no adapter_config.json"),
         ({CONFIG: b"{}"}, "got no adapter_model.safetensors"),
         ({CONFIG: b'{"peft_type": "LORA"}', MASKS: b"0"}, "expected peft_type 'MFT', got 'LORA'"),
         ({CONFIG: b" " * (1 << 24) + b"{}", MASKS: b"0"}, "adapter_config.json must be of at most 16777216 bytes"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hub_stub.asked import environment
 from hub_stub.repository import File
-from hub_stub.server import READS, WRITES
+from hub_stub.server import WRITES
 from safetensors.torch import load_file
 from tiny import equal, make_llama, masked_llama, save_llama
 from tiny_run import succeed
@@ -250,10 +250,8 @@ def test_a_model_whose_shard_is_missing_or_that_is_masked_is_refused(hub, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"repository": "masks"}, "repository must be user/name, got 'masks'"),
         ({"repository": "user/masks@main"}, "repository must be user/name"),
         ({"repository": "user/ma..sks"}, "repository must be user/name"),
-        ({"revision": "0" * 40}, "revision must be a branch"),
         ({"message": ""}, "message must be a single line"),
         ({"coding": "rar"}, "coding must be one of packed, rice, by_weight, got 'rar'"),
         ({"base": "../base"}, "base must be user/name on the hub, got '../base'"),
@@ -268,14 +266,12 @@ def test_a_bad_argument_is_named_before_the_hub_is_asked(hub, run, options, mess
 @pytest.mark.parametrize(
     ("token", "name", "message"),
     [
-        (None, NAME, r"must know who asks for 'user/masks', got no valid token .* `hf auth login`, or set HF_TOKEN"),
         ("hf_forgotten", NAME, "got no valid token .Invalid credentials"),
-        (READS, NAME, r"must let you write to 'user/masks', got 403 \(You don't have the rights"),
         (WRITES, "someone/masks", "must let you write to 'someone/masks', got 403"),
     ],
 )
 def test_who_may_not_write_is_told(hub, run, monkeypatch, token, name, message):
-    monkeypatch.setenv("HF_TOKEN", token or "")
+    monkeypatch.setenv("HF_TOKEN", token)
     with pytest.raises(HubError, match=message):
         push_to_hub(run, name)
     assert hub.repositories == {}

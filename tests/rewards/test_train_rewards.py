@@ -10,9 +10,8 @@ import torch
 from half_right import assert_near, config, gradients, make_rows, masked, questions
 from tiny import make_gpt2
 
-from mft.config import MaskConfig
 from mft.evaluation.exact_match import exact_matches
-from mft.masks.convert import mask_model, masked_modules
+from mft.masks.convert import masked_modules
 from mft.masks.surrogate import Surrogate
 from mft_study.peft_methods import add_adapter, lora_options
 
@@ -266,14 +265,3 @@ def test_a_loss_that_is_not_finite_is_not_learned_from(base, tokenizer, rows):
     with pytest.raises(train_module.NonFiniteLoss, match="the loss must stay finite, got nan at step 1 of 2"):
         train_rewards(model, tokenizer, rows, config(beta=0.1), start=start)
     assert not changed(state(base), state(model))
-
-
-def test_what_cannot_learn_by_rewards_is_refused(base, tokenizer, rows):
-    frozen = copy.deepcopy(base).requires_grad_(False)
-    with pytest.raises(ValueError, match="model must have something that requires grad, got none"):
-        train_rewards(frozen, tokenizer, rows, config())
-    fixed = mask_model(copy.deepcopy(base), MaskConfig(scores_dtype="int16"))
-    with pytest.raises(ValueError, match="mask.scores_dtype must not be int16 for training by rewards"):
-        train_rewards(fixed, tokenizer, rows, config())
-    with pytest.raises(ValueError, match="as many questions as a step asks, questions = 4, got 3"):
-        train_rewards(masked(copy.deepcopy(base)), tokenizer, rows.select(range(3)), config())

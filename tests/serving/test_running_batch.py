@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import SIZES, WORDS, make_gpt2, make_llama
 from tiny_mixtures import mixture
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, OPTConfig, OPTForCausalLM
 
 from mft.config import MaskConfig
 from mft.masks.bank import MaskBank, load_mask_bank
@@ -78,12 +78,6 @@ def test_rows_that_leave_take_their_padding_along():
     batch.keep([])
     assert len(batch) == 0
     assert not batch._cache.layers
-
-
-def test_a_model_with_a_state_beside_keys_and_values_is_refused():
-    model = MambaForCausalLM(MambaConfig(vocab_size=WORDS, hidden_size=32, num_hidden_layers=1, state_size=4))
-    with pytest.raises(ValueError, match="base must cache only keys and values, got a MambaForCausalLM with Linear"):
-        RunningBatch(MaskBank(model))
 
 
 def test_a_model_that_mixes_its_rows_is_refused(tmp_path):

@@ -248,8 +248,3 @@ def test_nested_tensors_are_taken_where_torch_takes_them_alone():
         ours(x, x, x)
     with pytest.raises(ValueError, match="nested tensors must be used for self-attention"):
         ours(x, x, x, attn_mask=torch.zeros(2, 2), need_weights=False)
-
-
-def test_a_projection_that_is_still_masked_is_not_packed():
-    with pytest.raises(ValueError, match=r"in_proj must be an nn.Linear, got MaskedLinear: merge\(\) it first"):
-        masked(attention(), ["in_proj"]).to_attention()

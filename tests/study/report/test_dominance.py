@@ -13,7 +13,7 @@ from mft_study.grid import OpenEnd
 from mft_study.outcome import General
 from mft_study.report.dominance import OnLoss, comparisons, draws_of, is_mft, rivals_of, verdict
 from mft_study.report.judge import side
-from mft_study.report.pictures.forgetting import curves, plot_forgetting
+from mft_study.report.pictures.forgetting import curves
 from mft_study.report.remarks import remarks
 from mft_study.report.statistics import DRAWS, Difference, adjust_holm, differences, paired
 from mft_study.report.table import reference_of, study_numbers, study_tables
@@ -314,8 +314,6 @@ def test_a_study_without_a_general_text_has_no_such_plot(tmp_path):
     study = findings(arms={name: ARMS[name] for name in ("full fine-tune", "control")}, texts=())
     write_study_report(study, tmp_path)
     assert not (tmp_path / "forgetting.png").exists()
-    with pytest.raises(ValueError, match="a study must have a general text for its forgetting to be drawn, got none"):
-        plot_forgetting(study_numbers(study), tmp_path / "forgetting.png")
 
 
 def test_rivals_over_codes_are_over_codes_and_a_control_is_of_the_same_modules():
