@@ -79,7 +79,7 @@ def test_what_it_does_not_take_is_refused_by_name():
         ((64, 1032, 1256), 132, {(64, 4), (64, 3)}),  # 10 pairs in parts of 3, the last has one; d_x has 9
         slow((1, 264, 4352), 6, {(64, 3), (64, 1)}),  # more tiles than clusters: rings continue from part to part
         ((70, 264, 1256), 16, {(128, 4), (128, 1)}),
-        ((130, 264, 1256), 16, {(256, 4), (256, 1), (128, 2)}),
+        ((130, 264, 1256), 16, {(256, 4), (256, 1), (64, 1)}),
     ],
 )
 def test_sums_in_parts_are_exact(shape, multiprocessors, expected, ways):
