@@ -76,6 +76,20 @@ def test_biases_heads_and_ties(changes):
     assert_same_shapes(shape_from_config(config), on_meta(config))
 
 
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"model_type": "mistral", "sliding_window": 64}, 64),
+        ({"model_type": "qwen2", "sliding_window": 64}, None),  # written by many, and not used
+        ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True}, 64),
+        ({"model_type": "llama"}, None),
+    ],
+    ids=str,
+)
+def test_a_sliding_window_counts_where_it_is_used(changes, window):
+    assert shape_from_config(SIZES | changes).sliding_window == window
+
+
 SMALL_MIXTURE = SIZES | {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "num_experts": 8}
 
 

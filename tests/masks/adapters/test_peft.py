@@ -202,6 +202,22 @@ def test_the_configuration_is_saved_as_it_was_written(tmp_path, targets):
     assert torch.equal(logits(PeftModel.from_pretrained(make_llama(), tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize(
+    ("saved", "meant"),
+    [
+        ({"budget": 0.07}, {"budget": 0.07, "fill_budget": True, "keep_ratio": None}),
+        ({"threshold": 0.5}, {"threshold": 0.5, "keep_ratio": None}),
+        ({}, {"keep_ratio": 0.99}),
+    ],
+    ids=str,
+)
+def test_a_config_of_an_older_version_means_what_it_meant(saved, meant, tmp_path):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "MFT", **saved}))
+    values = MaskPeftConfig.from_json_file(str(path))
+    assert {name: values[name] for name in meant} == meant
+
+
 def test_a_selected_adapter_is_saved_alone_whatever_the_others_are_called(tmp_path):
     model = with_masks()
     for name in ("default2", "other_default", "efaul"):
