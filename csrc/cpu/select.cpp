@@ -66,6 +66,7 @@ Keys sampled_keys(const void* scores, Format format, int64_t n, int64_t k, bool 
       for (int64_t i = first; i < first + kRun; ++i) keys.push_back(key_of<is_magnitude.value>(s[i]));
     }
   });
+  if (keys.empty()) return {least_key(format, magnitude), infinity_key(format)};  // at most 3 scores
   const double share = static_cast<double>(k) / static_cast<double>(n), size = static_cast<double>(keys.size());
   const auto middle = static_cast<int64_t>(share * size);
   const auto off = static_cast<int64_t>(3 * std::sqrt(size * share * (1 - share))) + 2;
