@@ -24,7 +24,10 @@ _NO_RESULT = (
 RECIPE = (*KERNELS, "python/mft", "python/mft_study", *(f":!python/{folder}" for folder in _NO_RESULT))
 SIMULATED = ("python/mft", "mft_kernels", "benchmarks/memory")
 #: Questions that only the commit of their result can answer, and the command there.
-GONE = {"budget-search.json": "python -m benchmarks.regimes.budget_search"}
+GONE = {
+    "budget-search.json": "python -m benchmarks.regimes.budget_search",
+    "federated.json": "python -m benchmarks.regimes.federated",
+}
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Stored:
 
 def find_maker(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
     """Return (the command that makes a file of results, the code that decides its content)."""
-    if name.startswith(("compare-", "ablation-", "federated")):
+    if name.startswith(("compare-", "ablation-")):
         return record["environment"]["command"], RECIPE
     if name.startswith("serve-load"):
         return record["environment"]["command"], ("mft_kernels", "csrc/cpu", "python/mft/serving", "python/mft/masks")
