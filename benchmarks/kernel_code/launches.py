@@ -239,11 +239,9 @@ def _all_expert_calls() -> Calls:
     yield from expert_calls(32, bf16, bf16, odd=True)
 
 
-def expert_calls(
-    each: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False, features: int = FEATURES
-) -> Calls:
+def expert_calls(each: int, dtype: torch.dtype, scores_dtype: torch.dtype, *, odd: bool = False) -> Calls:
     """Yield the calls of a layer of experts in training, and of the op; each expert has ``each`` rows."""
-    n, k, rows = features, features - odd, EXPERTS * each
+    n, k, rows = FEATURES, FEATURES - odd, EXPERTS * each
     name = f"experts of {each} rows, {_name(dtype)}, scores {_name(scores_dtype)}{', odd' if odd else ''}"
     x, grad, weight = (_empty(*shape, dtype=dtype) for shape in ((rows, k), (rows, n), (EXPERTS, n, k)))
     scores, thresholds = (_empty(*shape, dtype=scores_dtype) for shape in ((EXPERTS, n, k), (EXPERTS,)))

@@ -92,13 +92,13 @@ def power_lines(study: StudyConfig, documents: Mapping[str, int], directory: Pat
     return lines
 
 
-def power_words(spread: Spread, seeds: int, documents: int, digits: int = 4) -> str:
+def power_words(spread: Spread, seeds: int, documents: int) -> str:
     """Return the smallest difference that can be shown, in words."""
     least = smallest_difference(spread, seeds, documents)
     return (
-        f"{seeds} seeds and {documents} test documents can show a difference of {least:.{digits}f} nats per token "
+        f"{seeds} seeds and {documents} test documents can show a difference of {least:.4f} nats per token "
         f"(p < {ALPHA}, power {POWER}, one comparison; more comparisons need more), if differences vary by "
-        f"{spread.seeds:.{digits}f} over seeds and {spread.documents:.{digits}f} over documents, as for {spread.source}"
+        f"{spread.seeds:.4f} over seeds and {spread.documents:.4f} over documents, as for {spread.source}"
     )
 
 
