@@ -93,7 +93,7 @@ Tensor kept_thresholds(Tensor scores, int64_t k, bool magnitude) {
   return thresholds;
 }
 
-// Returns int32 (rows, ceil(columns / 32)), of which pack(words, row) writes each row.
+// Returns int32 (rows, ceil(columns / 32)). pack(words, row) writes one row.
 template <typename Pack>
 Tensor packed_rows(const Matrix& s, const Tensor& like, const Pack& pack) {
   const int64_t sizes[] = {s.rows, (s.columns + 31) / 32};

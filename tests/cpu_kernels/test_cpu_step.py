@@ -38,7 +38,7 @@ def test_the_first_and_the_last_value_of_a_bin_are_found_near_the_hint(mode, low
 
 
 def _misleading(kind, size):
-    """Return 2^20 scores and more, of which a sample says little."""
+    """Return at least 2^20 scores. A sample of them says little about the rest."""
     place = torch.arange(size, dtype=torch.float32)
     match kind:
         case "rising":
