@@ -241,7 +241,7 @@ def write_tiny_base(root: Path) -> str:
 @contextlib.contextmanager
 def server(root: Path, base: str, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Run mft serve and yield (its address, the process); it must end by SIGTERM with exit code 0."""
-    files = ["--masks-file", root / "masks.txt", "--load-from", root / "masks", "--api-keys-file", root / "keys"]
+    files = ["--masks-file", root / "masks.txt", "--load-from", root / "masks", "--admin-keys-file", root / "keys"]
     options = ["--model", base, "--dtype", DTYPE, "--length", "512", "--port", "0", "--log-format", "json"]
     command = [sys.executable, "-m", "mft", "serve", *map(str, (*files, *options)), "--timeout", "120"]
     with log.open("wb") as output:

@@ -5,8 +5,8 @@ import json
 import socket
 
 import torch
-from tiny import make_llama, masked_llama
-from transformers import MambaConfig, MambaForCausalLM
+from tiny import make_llama, make_words, masked_llama
+from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 from mft.cli import serve
 from mft.masks.bank import MaskBank
@@ -15,9 +15,11 @@ from mft.serving import launch
 from mft.serving.api.adapter_routes import directory_below
 from mft.serving.api.api_keys import ApiKeys
 from mft.serving.api.body import ChatBody, CompletionBody, read_body
+from mft.serving.batch.json_grammar import JsonGrammars
 from mft.serving.batch.running_batch import RunningBatch
-from mft.serving.batch.sampling import Sampling
+from mft.serving.batch.sampling import Sampling, SamplingOptions
 from mft.serving.batch.scheduler import Scheduler
+from mft.serving.key import Key
 from mft.serving.launch import row_length
 from mft.serving.log import new_log
 from mft.serving.options import Options
@@ -32,7 +34,7 @@ def tasks(tmp, **changes):
     save_masks(masked_llama(), tmp / "masks")
     bank = MaskBank(make_llama(**changes))
     bank.put("code", {})
-    return Tasks(bank, Scheduler(RunningBatch(bank), rows=1, waiting=0), "base")
+    return Tasks(bank, Scheduler(RunningBatch(bank, 1 << 20), rows=1, waiting=0), "base")
 
 
 def ask(**keys):
@@ -97,8 +99,21 @@ a file of keys that is empty
 a file of keys with two in a line
     (tmp / "keys").write_text("sk-123 sk-456")
     ApiKeys(tmp / "keys", warn=print)
-    -> ValueError: --api-keys-file | must hold keys of printable ASCII characters without spaces, one per line
-        | got others in line 1 of
+    -> ValueError: --api-keys-file | must name a key by 1 to 32 letters, digits and . _ -, | got another name in
+        | write the name, the key and its tasks in this order
+a file of keys with a space between tasks
+    (tmp / "keys").write_text("alice sk-12345 code, math")
+    ApiKeys(tmp / "keys", warn=print)
+    -> ValueError: --api-keys-file | must hold a name, a key and tasks such as a,b per line | got 4 words in line 1 of
+        | put no space between tasks
+a key of admins with tasks
+    (tmp / "keys").write_text("root sk-12345 code")
+    ApiKeys(None, warn=print, admins=tmp / "keys")
+    -> ValueError: --admin-keys-file | must hold only names and keys | got 3 words in line 1 of | remove the tasks
+a request with a key of other tasks
+    Key("alice", frozenset(["code"])).check_model("math")
+    -> Refused: model | must be one of the tasks of the key 'alice' | got 'math'
+        | ask for one of these, or let the operator add it to the key's line in --api-keys-file
 a file of keys that is too long
     (tmp / "keys").write_text("sk-12345\n" * 120_000)
     ApiKeys(tmp / "keys", warn=print)
@@ -121,10 +136,20 @@ a host without a name
     bind("", 0)
     -> ValueError: --host | must name an address of this machine | got '' | 127.0.0.1
 rows longer than the base has positions
-    row_length(4096, make_llama().config, "base")
+    row_length(4096, make_llama().config, "base", 9999)
     -> ValueError: --length | must be at most 2048, as many positions as 'base' has | got 4096
+rows longer than the cache
+    row_length(128, make_llama().config, "base", 100)
+    -> ValueError: --length | must be at most 100, as many tokens as --cache holds | got 128
+a cache for no token
+    RunningBatch(MaskBank(make_llama()), 9)
+    -> ValueError: --cache | must hold a token of ... bytes | got 9 | give more
+serving a model without position_ids
+    RunningBatch(MaskBank(BloomForCausalLM(BloomConfig(vocab_size=61, hidden_size=32, n_layer=1, n_head=2))), 9)
+    -> ValueError: base | must take position_ids and compute attention by transformers' sdpa or eager
+        | mft merge makes each task an ordinary model
 serving a model with a state
-    RunningBatch(MaskBank(MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1))))
+    RunningBatch(MaskBank(MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1))), 9)
     -> ValueError: base | must cache only keys and values | got a MambaForCausalLM with LinearAttentionLayer
         | mft merge makes each task an ordinary model, for any other server
 
@@ -135,19 +160,24 @@ a request with a misspelt key
 a request with too high a temperature
     ask(temperature=3)
     -> Refused: temperature | must be less than or equal to 2 | got 3 (int)
-a request for two answers
-    ask(n=2)
-    -> Refused: n must | must be less than or equal to 1 | got 2 (int)
-a request with two prompts
-    ask(prompt=["def", "class"])
-    -> Refused: prompt | must be one text or one list of token ids | got ['def', 'class'] (list)
-        | send a request for each prompt
-a request with five stop strings
-    ask(stop=["a", "b", "c", "d", "e"])
-    -> Refused: stop | must have at most 4 items | got ['a', 'b', 'c', 'd', 'e'] (list)
+a request for many answers
+    ask(n=17)
+    -> Refused: n must | must be less than or equal to 16 | got 17 (int)
+a request with a prompt of texts and tokens
+    ask(prompt=["def", 3])
+    -> Refused: prompt | must be a text, a list of token ids, or a list of one of these | got ['def', 3] (list)
+a request without tokens to generate
+    ask(max_tokens=0)
+    -> Refused: max_tokens | must be at least 1 without echo | got 0
+a request with seventeen stop strings
+    ask(stop=["a"] * 17)
+    -> Refused: stop | must have at most 16 items | got ['a', 'a',
+a schema with a tokenizer that spells no bytes
+    JsonGrammars(make_words(), [0]).read({"type": "object"})
+    -> Refused: response_format | must be text with this base | got a schema, but llguidance says
 a message of a tool
     read_body(ChatBody, b'{"model": "code", "messages": [{"role": "tool", "content": "3"}]}')
-    -> Refused: messages[0].role | must be 'system', 'user' or 'assistant' | got 'tool' (str)
+    -> Refused: messages[0].role | must be 'system', 'developer', 'user' or 'assistant' | got 'tool' (str)
 loading a mask whose name is taken
     asyncio.run(tasks(tmp).load("code", tmp / "masks"))
     -> ValueError: lora_name | must be new | got 'code', which has already been loaded | unload it first
@@ -183,6 +213,6 @@ keys of a request that ask for nothing
     assert ask(user="me", metadata={"a": "b"}, n=1, logit_bias={}, presence_penalty=0) == ask()
     -> accepted: they change no answer, and nothing is kept of them
 a temperature that is next to nothing
-    assert Sampling(1e-30, 1.0, seed=0).choose(torch.tensor([0.0, 1.0, 0.9])) == 1
+    assert Sampling([], SamplingOptions(temperature=1e-30)).choose(torch.tensor([0.0, 1.0, 0.9]), []) == 1
     -> accepted: the likeliest token, as with 0
 """

@@ -82,7 +82,7 @@ def needs_2_to_60_bytes(layer, *_):
 def plan_on(patch, device, free, *overrides):
     """Plan a run on a device, and on its host, with ``free`` bytes each."""
     patch.setattr(memory_plan, "default_device", lambda: torch.device(device))
-    patch.setattr(memory_plan, "_free_memory", lambda _: free)
+    patch.setattr(memory_plan, "free_memory", lambda _: free)
     memory_plan.plan_training(load_config(None, ["train.steps=1", *overrides]))
 
 

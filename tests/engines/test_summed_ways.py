@@ -205,7 +205,7 @@ def run_until_a_signal(rank, folder):
         after_step(self, runner, reports, ended)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mft.training.memory_plan, "_free_memory", lambda device: (free, None))
+        patch.setattr(mft.training.memory_plan, "free_memory", lambda device: (free, None))
         patch.setattr(Saver, "after_step", stop)
         with pytest.raises(Stopped) as caught:
             run_train(config)

@@ -33,6 +33,7 @@ from mft.models.next_tokens import longest_row
 from mft.models.packed_rows import check_kept_apart
 from mft.rewards.shared_prompts import states_before_answers
 from mft.serving.batch.running_batch import RunningBatch
+from mft.serving.batch.slabs import Row
 from mft.training.loop import train_masks
 from mft.training.model_teacher import ModelTeacher
 from mft_study.remembered_teacher import RememberedTeacher
@@ -183,25 +184,25 @@ def test_what_else_reads_rows_in_batches_gives_each_what_it_gets_alone():
 def test_rows_that_are_served_beside_a_long_one_get_what_each_gets_alone(name):
     """Each row's logits are those of reading its whole context, on both sides of the switch."""
     model = make(name)
-    prompts = dict(zip("abcd", words(12, 25, 3, 16)))
-    batch, made = RunningBatch(MaskBank(model)), {}
+    batch, made = RunningBatch(MaskBank(model), 1 << 20), {}
     batch.check_rows_apart()
-    for name in prompts:
-        made[name] = [batch.join(None, prompts[name])]
-    tokens = {name: [*prompts[name], int(logits[0].argmax())] for name, logits in made.items()}
-    names = [*prompts]
-    for step in range(9):
+    prompts = dict(zip("abcd", words(12, 25, 3, 16)))
+    rows = {Row(None, [*prompt]): name for name, prompt in prompts.items()}
+    for row in rows:
+        assert batch.join(row)
+    for step in range(12):
         if step == 6:
-            names.remove("b")
-            batch.keep([0, 2, 3])
-        for name, logits in zip(names, batch.step([tokens[name][-1] for name in names]), strict=True):
-            made[name].append(logits)
-            tokens[name].append(int(logits.argmax()))
+            batch.leave(next(row for row in rows if rows[row] == "b"))
+        for row, first, logits in batch.step():
+            assert first == len(row.tokens) - 1
+            made.setdefault(rows[row], []).append(logits[-1])
+            row.tokens.append(int(logits[-1].argmax()))
+    tokens = {name: row.tokens for row, name in rows.items()}
     for name, prompt in prompts.items():
         for i, logits in enumerate(made[name]):
             whole = logits_of(model, tokens[name][: len(prompt) + i])[-1]
             assert torch.allclose(logits, whole, rtol=0, atol=5e-5), (name, i)
-    assert [len(prompts[name]) + len(made[name]) for name in "abcd"] == [22, 32, 13, 26]
+    assert [len(made[name]) for name in "abcd"] == [12, 6, 12, 12]
 
 
 def test_prompts_of_both_sides_are_continued_as_each_alone():

@@ -72,10 +72,11 @@ def serve(exports, words):
     started = []
 
     def start(
-        *, rows=4, waiting=8, length=64, grace=5.0, model=None, tokenizer=words, connections=64, timeout=None, **options
+        *, rows=4, waiting=8, length=64, cache=1 << 22, grace=5.0, model=None, tokenizer=words, timeout=None, **options
     ):
-        bank = load_mask_bank(model or base(), exports)
-        batch = RunningBatch(bank)
+        connections = options.pop("connections", 64)
+        bank = load_mask_bank(model or base(), options.pop("masks", exports))
+        batch = RunningBatch(bank, cache)
         batch.check_rows_apart()
         scheduler = Scheduler(batch, rows=rows, waiting=waiting, timeout=timeout)
         lines, events = [], []
@@ -111,14 +112,17 @@ def serve(exports, words):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Return an event: while it is cleared, no row gets a next token; steps counts the steps that passed."""
+    """Return an event: while it is cleared, only prompts are read; steps counts the steps that passed."""
     opened, step = threading.Event(), RunningBatch.step
     opened.steps = 0
 
-    def wait(batch, tokens):
+    def wait(batch, rows=None):
+        unread = [row for row in batch.rows if not row.read]
+        if unread and not opened.is_set():
+            return step(batch, unread)
         assert opened.wait(20)
         opened.steps += 1
-        return step(batch, tokens)
+        return step(batch, rows)
 
     opened.set()
     monkeypatch.setattr(RunningBatch, "step", wait)

@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from mft.serving.api.api_keys import ApiKeys
+from mft.serving.key import Key
 from mft.serving.launch import serve as serve_masks
 from mft.serving.options import Options
 
@@ -69,9 +70,16 @@ def test_others_get_401_on_every_route_of_the_api_and_the_log_names_no_key(serve
 FAULTY = {
     "": "--api-keys-file must hold at least one key, in a line of its own, got none in ",
     "\n# sk-old\n": "--api-keys-file must hold at least one key, in a line of its own, got none in ",
-    "good-key\nsk secret": "--api-keys-file must hold keys of printable ASCII characters without spaces, one per line, "
-    "got others in line 2 of ",
-    "sk-\xe9": "got others in line 1 of ",
+    "good-key\nsk-\xe9": "hold keys of printable ASCII characters, one per line, got others in line 2 of ",
+    "a secret-1 code, math": "must hold a name, a key and tasks such as a,b per line, got 4 words in line 1 of ",
+    "secret-1\nsk-secret alice": "--api-keys-file must name a key by 1 to 32 letters, digits and . _ -, the first a ",
+    f"{'secret-' * 5} alice": ", got another name in line 1 of ",
+    "alice secret": "must hold keys of at least 8 characters behind their names, got 6 in line 1 of ",
+    "alice secret-1 code,se$cret": "/ -, the first a letter or a digit, got another as task 2 in line 1 of ",
+    "alice secret-1 code,": "got another as task 2 in line 1 of ",
+    "alice secret-1\nalice secret-2": "--api-keys-file must name each key differently, got 'alice' in line 1 of ",
+    "line-2 secret-1\nsecret-2": "--api-keys-file must name each key differently, got 'line-2' in line 1 of ",
+    "alice secret-1\n#\nbob secret-1": "--api-keys-file must hold each key once, got one in line 1 of ",
     "sk-" + "0" * (1 << 20): "--api-keys-file must be at most 1048576 bytes, got more in ",
 }
 
@@ -88,8 +96,45 @@ def test_a_faulty_file_is_refused_by_line_and_the_keys_stay(path):
     path.unlink()
     with pytest.raises(FileNotFoundError):
         keys.read_again()
-    assert keys.know(KEYS[1])
+    assert keys.find(KEYS[1]) == Key("line-4", None)
     assert len(keys) == 2
+
+
+def test_a_line_names_a_key_and_its_tasks_and_one_without_a_name_is_called_by_its_number(path):
+    path.write_text("sk-one\nsk-one\n\talice  sk-alice math,code\r\n# old\nbob sk-bob-1\nsk-one")
+    (admins := path.with_name("admins")).write_text("#\nsk-admin\nroot sk-root-1")
+    keys = ApiKeys(path, lambda _: None, admins)
+    assert [keys.find(f"sk-{name}") for name in ("one", "alice", "bob-1", "admin", "root-1", "alic")] == [
+        Key("line-1", None),
+        Key("alice", frozenset(("math", "code"))),
+        Key("bob", None),
+        Key("admin-line-2", None, is_admin=True),
+        Key("root", None, is_admin=True),
+        None,
+    ]
+
+
+ADMINS = {
+    "root sk-root-1 code": "--admin-keys-file must hold only names and keys, got 3 words in line 1 of ",
+    "sk-new\nalice sk-root-1": "--admin-keys-file must name each key differently, got 'alice' in line 1 of ",
+    "root sk-alice": "--admin-keys-file must hold each key once, got one in line 1 of ",
+    "# none": "--admin-keys-file must hold at least one key, in a line of its own, got none in ",
+}
+
+
+def test_a_faulty_file_of_admins_changes_no_key_of_either_file(path):
+    path.write_text("alice sk-alice")
+    (admins := path.with_name("admins")).write_text("root sk-root-1")
+    admins.chmod(0o600)
+    keys = ApiKeys(path, pytest.fail, admins)
+    path.write_text("alice sk-alice\nbob sk-bob-1")
+    for text, message in ADMINS.items():
+        admins.write_text(text)
+        with pytest.raises(ValueError, match="--admin-keys-file must") as error:
+            keys.read_again()
+        assert message in str(error.value)
+        assert not any(key in str(error.value) for key in ("sk-root", "sk-alice"))
+    assert (keys.find("sk-bob-1"), keys.find("sk-root-1")) == (None, Key("root", None, is_admin=True))
 
 
 def test_a_file_that_others_can_read_is_warned_of(path):
@@ -106,8 +151,9 @@ def test_a_server_that_everyone_may_change_is_warned_of(tmp_path, path, capsys):
     for options in ({}, {"api_keys_file": path}):
         with pytest.raises(ValueError, match="--model must name the base"):
             serve_masks({}, options=Options(load_from=tmp_path, **options))
-        found = f"warning --load-from lets every client load and unload masks, got {tmp_path} without --api-keys-file"
-        assert (found in capsys.readouterr().out) == (not options)
+        who, missing = ("only keys of --admin-keys-file", "it") if options else ("every client", "--api-keys-file")
+        found = f"warning --load-from lets {who} load and unload masks, got {tmp_path} without {missing}: give one"
+        assert found in capsys.readouterr().out
 
 
 def test_every_key_is_compared_whole(path, monkeypatch):
@@ -117,5 +163,5 @@ def test_every_key_is_compared_whole(path, monkeypatch):
     compared, compare = [], module.hmac.compare_digest
     monkeypatch.setattr(module.hmac, "compare_digest", lambda a, b: compared.append(len(a)) or compare(a, b))
     keys = ApiKeys(path, pytest.fail)
-    assert [keys.know(key) for key in (*KEYS, "", "x" * 9999)] == [True, True, False, False]
+    assert [bool(keys.find(key)) for key in (*KEYS, "", "x" * 9999)] == [True, True, False, False]
     assert compared == [32] * 8

@@ -151,20 +151,30 @@ REFUSED = [
     ({"model": 3}, 400, "model", "model must be a valid string, got 3 (int)"),
     ({"prompt": None}, 400, "prompt", "prompt must be given"),
     ({"prompt": ""}, 400, "prompt", "prompt must hold at least one token, got none"),
-    ({"prompt": ["3", "4"]}, 400, "prompt", "must be one text or one list of token ids; send a request for each"),
+    ({"prompt": ["3", 4]}, 400, "prompt", "must be a text, a list of token ids, or a list of one of these, got"),
+    ({"prompt": ["3", ""]}, 400, "prompt[1]", "prompt[1] must hold at least one token, got none"),
+    ({"prompt": ["3"] * 13}, 400, "prompt", "at most 12 answers (--rows and --waiting), got 13 (13 times 1)"),
     ({"prompt": [3, 61]}, 400, "prompt", "prompt must hold tokens from 0 to 60, got 61"),
     ({"prompt": "3 " * 64}, 400, "prompt", "at most 63 tokens, so that one more fits into 64 (--length), got 64"),
     ({"prompt": "3" * 999}, 400, "prompt", "so that one more fits into 64 (--length), got 199 or more"),
     ({"max_tokens": 63}, 400, "max_tokens", "must be at most 62, the number that the 2 tokens of prompt leave of 64 "),
-    ({"max_tokens": 0}, 400, "max_tokens", "max_tokens must be greater than or equal to 1, got 0 (int)"),
+    ({"max_tokens": 0}, 400, "max_tokens", "max_tokens must be at least 1 without echo, got 0"),
+    ({"max_tokens": 62, "prompt": "3 4 5"}, 400, "max_tokens", "max_tokens must be at most 61"),
     ({"temperature": 2.5}, 400, "temperature", "temperature must be less than or equal to 2, got 2.5 (float)"),
     ({"temperature": "hot"}, 400, "temperature", "temperature must be a valid number, got 'hot' (str)"),
     ({"top_p": 0}, 400, "top_p", "top_p must be greater than 0, got 0"),
-    ({"stop": ["a"] * 5}, 400, "stop", "stop must have at most 4 items, got ['a', "),
+    ({"stop": ["a"] * 17}, 400, "stop", "stop must have at most 16 items, got ['a', "),
     ({"stop": [""]}, 400, "stop[0]", "stop[0] must have at least 1 character, got '' (str)"),
-    ({"n": 2}, 400, "n", "n must be less than or equal to 1, got 2 (int)"),
-    ({"echo": True}, 400, "echo", "echo must be False, got True (bool)"),
-    ({"logprobs": 1}, 400, "logprobs", "logprobs must be left out, because it is not a known key here"),
+    ({"n": 17}, 400, "n", "n must be less than or equal to 16, got 17 (int)"),
+    ({"n": 13}, 400, "n", "n must ask for at most 12 answers (--rows and --waiting), got 13 (1 times 13)"),
+    ({"best_of": 2}, 400, "best_of", "best_of must be left out or as large as n (1), got 2"),
+    ({"top_k": -2}, 400, "top_k", "top_k must be greater than or equal to -1, got -2 (int)"),
+    ({"min_p": 1.1}, 400, "min_p", "min_p must be less than or equal to 1, got 1.1 (float)"),
+    ({"repetition_penalty": 0}, 400, "repetition_penalty", "must be greater than or equal to 0.01, got 0 (int)"),
+    ({"presence_penalty": 3}, 400, "presence_penalty", "presence_penalty must be less than or equal to 2, got 3"),
+    ({"frequency_penalty": -3}, 400, "frequency_penalty", "must be greater than or equal to -2, got -3 (int)"),
+    ({"logprobs": 21}, 400, "logprobs", "logprobs must be less than or equal to 20, got 21 (int)"),
+    ({"logit_bias": {"3": 1}}, 400, "logit_bias", "logit_bias must have at most 0 items, got {'3': 1} (dict)"),
     ({"temprature": 1}, 400, "temprature", "did you mean temperature?"),
     ({"stream_options": {"usage": True}}, 400, "stream_options.usage", "stream_options.usage must be left out"),
 ]
@@ -174,15 +184,22 @@ TOOL, PICTURE, SYSTEM = (
 )
 REFUSED_CHATS = [
     ({"messages": []}, 400, "messages", "messages must have at least 1 item, got [] (list)"),
-    ({"messages": TOOL}, 400, "messages[0].role", "role must be 'system', 'user' or 'assistant', got 'tool' (str)"),
+    (
+        {"messages": TOOL},
+        400,
+        "messages[0].role",
+        "role must be 'system', 'developer', 'user' or 'assistant', got 'tool' (str)",
+    ),
     ({"messages": PICTURE}, 400, "messages[0].content", "must be a text, or a list of {type: text, text: ...}"),
     ({"messages": SYSTEM}, 400, "messages", "messages must be what the chat template takes: no system here"),
     ({"tools": [{}]}, 400, "tools", "tools must have at most 0 items, got [{}] (list)"),
     ({"tool_choice": "required"}, 400, "tool_choice", "tool_choice must be 'none' or 'auto', got 'required' (str)"),
-    ({"response_format": {"type": "json"}}, 400, "response_format.type", "must be 'text', got 'json' (str)"),
+    ({"response_format": {"type": "json"}}, 400, "response_format.type", "'json_object' or 'json_schema', got 'json'"),
+    ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema", "must be given with type"),
     ({"modalities": ["audio"]}, 400, "modalities[0]", "modalities[0] must be 'text', got 'audio' (str)"),
     ({"reasoning_effort": "low"}, 400, "reasoning_effort", "reasoning_effort must be left out"),
-    ({"top_logprobs": 3}, 400, "top_logprobs", "top_logprobs must be less than or equal to 0, got 3 (int)"),
+    ({"top_logprobs": 3}, 400, "top_logprobs", "top_logprobs must be 0 unless logprobs is true, got 3"),
+    ({"continue_final_message": True}, 400, "continue_final_message", "unless the last message is the assistant's"),
 ]
 HARMLESS = {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "flex", "safety_identifier": "me"}
 HARMLESS |= {"prompt_cache_key": "key", "prompt_cache_retention": "24h", "parallel_tool_calls": False, "tools": []}
@@ -267,7 +284,7 @@ def test_one_request_too_many_is_refused_and_the_others_are_answered(serve, gate
     with ThreadPoolExecutor(5) as pool:
         asked = [pool.submit(complete, running, max_tokens=4) for _ in range(5)]
         until(lambda: sum(running.scheduler.counts) == 5)
-        message = r"requests must be at most 5 at once, 2 answered \(--rows\) and 3 waiting \(--waiting\), got one more"
+        message = r"requests must be at most 5 at once, 2 answered \(--rows\) and 3 waiting \(--waiting\), got 1 more"
         with pytest.raises(openai.RateLimitError, match=message) as error:
             complete(running)
         assert (error.value.code, error.value.response.headers["retry-after"]) == ("rate_limit_exceeded", "1")
@@ -336,10 +353,10 @@ class Hole:
     def __len__(self):
         return len(self._words)
 
-    def __call__(self, text):
+    def __call__(self, text, **options):
         if text == "unreadable":
             raise KeyError(text)
-        return self._words(text)
+        return self._words(text, **options)
 
     def decode(self, tokens, **options):
         if self._hole in tokens:
@@ -375,14 +392,14 @@ def test_an_answer_that_cannot_be_decoded_ends_alone(serve, words, caplog, until
 
 
 def test_a_prompt_that_the_model_cannot_read_ends_its_answer_alone(serve, words, monkeypatch, until):
-    running, read = serve(), RunningBatch.read
+    running, step = serve(rows=8), RunningBatch.step
 
-    def fail(batch, task, prompt):
-        if prompt == [33]:
+    def fail(batch, rows=None):
+        if any(row.tokens == [33] for row in rows or batch.rows):
             raise IndexError("index out of range in self")
-        return read(batch, task, prompt)
+        return step(batch, rows)
 
-    monkeypatch.setattr(RunningBatch, "read", fail)
+    monkeypatch.setattr(RunningBatch, "step", fail)
     found = at_once(lambda i: post(running, COMPLETION | {"prompt": PROMPTS[i], "temperature": 0}))
     assert PROMPTS[7] == "33"
     assert found[7] == (500, {"error": {"message": FAILED, "type": "server_error", "param": None, "code": None}})
@@ -392,18 +409,14 @@ def test_a_prompt_that_the_model_cannot_read_ends_its_answer_alone(serve, words,
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize(
-    ("work", "error"),
-    [("read", torch.AcceleratorError("device-side assert triggered")), ("step", RuntimeError("out of memory"))],
-)
-def test_a_device_or_a_thread_that_fails_ends_the_service_and_nobody_waits(serve, monkeypatch, work, error):
+def test_a_device_that_fails_ends_the_service_and_nobody_waits(serve, monkeypatch):
     running = serve(rows=1)
     running.fails = True
 
     def fail(*_):
-        raise error
+        raise torch.AcceleratorError("device-side assert triggered")
 
-    monkeypatch.setattr(RunningBatch, work, fail)
+    monkeypatch.setattr(RunningBatch, "step", fail)
     with ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(complete, running, max_tokens=4) for _ in range(2)]
         for each in asked:

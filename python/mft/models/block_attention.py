@@ -11,9 +11,7 @@ A training step of SmolLM2-135M relative to one that does not keep examples apar
 for rows of 2048 tokens, 1.03 by blocks for 512.
 """
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +19,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from mft.models.attention_choice import attention_configs, choose_attention
 
 NAME = "sdpa_in_blocks"  # in transformers' registry of attentions
 SHORT = 512  # tokens: rows up to this length use the mask
@@ -30,18 +30,9 @@ Block = tuple[int, int, bool]  # (start, end, causal): tokens see none outside i
 _blocks_of_mask: WeakIdKeyDictionary = WeakIdKeyDictionary()  # layers of the same kind share one mask
 
 
-@contextlib.contextmanager
-def attention_in_blocks(model: nn.Module) -> Iterator[None]:
+def attention_in_blocks(model: nn.Module) -> AbstractContextManager[None]:
     """Make model use this attention instead of sdpa in this context."""
-    configs: Iterable[Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
-    changed = [config for config in configs if getattr(config, "_attn_implementation", None) == "sdpa"]
-    for config in changed:
-        config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        for config in changed:
-            config._attn_implementation = "sdpa"
+    return choose_attention(attention_configs(model, ["sdpa"]), NAME)
 
 
 def attend(

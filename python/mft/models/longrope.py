@@ -9,6 +9,7 @@ it.
 import contextlib
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +31,14 @@ def switch_length(model: Any) -> int | None:
 
 
 @contextlib.contextmanager
-def by_own_length(model: nn.Module) -> Iterator[None]:
-    """Make each example use the frequencies of its own length in this context. Other models stay unchanged."""
+def by_own_length(model: nn.Module, last: Tensor | None = None) -> Iterator[None]:
+    """Make each example use the frequencies of its own length in this context. Other models stay unchanged.
+
+    last: for each of position_ids (B, T), the last position of its example, if the call does not hold whole examples.
+    """
     rotary = [] if switch_length(model) is None else [m for m in model.modules() if hasattr(m, "rope_type")]
-    handles = [module.register_forward_hook(_own_length_rotations, with_kwargs=True) for module in rotary]
+    hook = partial(_own_length_rotations, last=last)
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module in rotary]
     try:
         yield
     finally:
@@ -69,7 +74,7 @@ def _switches(rope: dict[str, Any]) -> bool:
     return rope.get("rope_type") == "longrope"
 
 
-def _own_length_rotations(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+def _own_length_rotations(module: Any, args: tuple, kwargs: dict[str, Any], output: Any, *, last: Tensor | None) -> Any:
     """Return the cosines and sines (B, T, D), taking for each position the set of frequencies that fits its example."""
     call = inspect.signature(module.forward).bind(*args, **kwargs)
     positions, kind = call.arguments["position_ids"], call.arguments.get("layer_type")
@@ -85,7 +90,7 @@ def _own_length_rotations(module: Any, args: tuple, kwargs: dict[str, Any], outp
     first = rotations(positions.clamp(max=switch - 1))
     beyond = positions.new_full((*positions.shape[:-1], 1), switch)  # one more position makes it a long call
     second = (each[..., :-1, :] for each in rotations(torch.cat([positions, beyond], -1)))
-    is_long = (_last_of_example(positions) >= switch)[..., None]
+    is_long = ((_last_of_example(positions) if last is None else last) >= switch)[..., None]
     return tuple(torch.where(is_long, b, a) for a, b in zip(first, second, strict=True))
 
 

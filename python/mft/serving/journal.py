@@ -2,6 +2,7 @@
 
 import logging
 import time
+from typing import Any
 
 from mft.serving.api.exchange import Exchange
 from mft.serving.batch.generation import Generation
@@ -24,10 +25,12 @@ class Journal:
         after = f", first token after {first:.2f} s" if first is not None else ""
         self.log.tell(
             "answer",
-            f"{answer_id} {model} {status} {ending}: {len(it.prompt)} + {it.tokens} tokens in {seconds:.2f} s{after}",
+            f"{answer_id}{of.key.mark} {model} {status} {ending}: {len(it.prompt)} + {it.tokens} tokens "
+            f"in {seconds:.2f} s{after}",
             level=logging.INFO if status < 500 else logging.ERROR,
             request_id=of.id,
             id=answer_id,
+            key=of.key.name or None,
             model=model,
             status=status,
             ending=ending,
@@ -42,13 +45,14 @@ class Journal:
         """Record that the response to a request begins, unless the request is recorded as an answer."""
         if of.is_told:
             return
-        known = {"request_id": of.id, "method": of.method, "path": of.path[:200], "status": status}
-        line = f"{of.id} {of.method} {of.path[:200]} {status}"
+        known: dict[str, Any] = {"request_id": of.id, "key": of.key.name or None, "method": of.method}
+        known |= {"path": of.path[:200], "status": status}
+        line = f"{of.id}{of.key.mark} {of.method} {of.path[:200]} {status}"
         if of.refused is None:
             self.log.tell("response", line, level=logging.DEBUG, **known)
             return
         of.is_told = True
-        self._metrics.count_refusal(status)
+        self._metrics.count_refusal(status, of.key.name)
         self.log.tell(
             "refusal",
             f"{line}: {of.refused.message}",

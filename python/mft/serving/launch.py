@@ -25,7 +25,10 @@ from mft.serving.reload import MasksFile, Reload
 from mft.serving.server import Server
 from mft.serving.tasks import Tasks
 from mft.training.inputs import read_model
+from mft.training.memory_plan import free_memory
 
+_SHARE = 0.5  # of the free memory, for keys and values
+_ROWS, _USUAL = 32, 512  # more rows take longer for each token; tokens of a usual request
 _READING = 128  # connections in addition to those of running and waiting requests: idle ones and incomplete requests
 
 
@@ -49,15 +52,20 @@ def serve(
         _serve(masks, (model_name, dtype), options, log, reload)
 
 
-def row_length(asked: int | None, config: Any, name: str) -> int:
-    """Return asked, or by default the model's positions. Raises: ValueError for more than these, or if unlimited."""
+def row_length(asked: int | None, config: Any, name: str, cached: int) -> int:
+    """Return asked, or by default the model's positions, at most the number of tokens that can be cached.
+
+    Raises: ValueError for more than these, or if nothing limits positions.
+    """
     longest = longest_row(config)
     if asked is None:
         if longest is None:
             raise ValueError(f"--length must be given, because {name!r} has no limit on positions, got none")
-        return longest
+        return min(longest, cached)
     if longest is not None and asked > longest:
         raise ValueError(f"--length must be at most {longest}, as many positions as {name!r} has, got {asked}")
+    if asked > cached:
+        raise ValueError(f"--length must be at most {cached}, as many tokens as --cache holds, got {asked}")
     return asked
 
 
@@ -88,10 +96,13 @@ def _serve(
     with bind(options.host, options.port) as bound:
         log.tell("loading", words)
         model, tokenizer = read_model(config)
-        most = row_length(options.length, model.config, config.name)
-        batch = RunningBatch(load_mask_bank(model, directories, force=options.force))
+        bank = load_mask_bank(model, directories, force=options.force)
+        batch = RunningBatch(bank, options.cache or int(free_memory(model.device)[0] * _SHARE))
         batch.check_rows_apart()
-        scheduler = Scheduler(batch, rows=options.rows, waiting=options.waiting, timeout=options.timeout)
+        most = row_length(options.length, model.config, config.name, batch.longest)
+        rows = options.rows or max(1, min(_ROWS, batch.longest // _USUAL))
+        log.tell("cache", f"keys and values of {batch.longest} tokens in memory, for up to {rows} rows of {most}")
+        scheduler = Scheduler(batch, rows=rows, waiting=options.waiting, timeout=options.timeout)
         tasks = Tasks(batch.bank, scheduler, base, force=options.force)
         hosts = known_hosts(bound.getsockname()[0], options.host, options.allow_host)
         if access.keys is None and not is_loopback(bound.getsockname()[0]):
@@ -119,7 +130,7 @@ def _serve(
             service.app,
             scheduler,
             grace=options.grace,
-            connections=options.rows + options.waiting + _READING,
+            connections=rows + options.waiting + _READING,
             ready=ready,
         )
         server.run_until_signal([bound])
@@ -134,9 +145,12 @@ def _access(options: Options, log: Log) -> Access:
     root = options.load_from
     if root is not None:
         check_rule(root.is_dir(), "--load-from", "name a directory", f"{root}{nearest_path(root)}")
-    keys = None if options.api_keys_file is None else ApiKeys(options.api_keys_file, warn)
+    users, admins = options.api_keys_file, options.admin_keys_file
+    keys = None if users is None and admins is None else ApiKeys(users, warn, admins)
     if root is not None and keys is None:
         warn(f"--load-from lets every client load and unload masks, got {root} without --api-keys-file: give one")
+    elif root is not None and admins is None:
+        warn(f"--load-from lets only keys of --admin-keys-file load and unload masks, got {root} without it: give one")
     return Access(keys=keys, load_from=root)
 
 

@@ -16,6 +16,9 @@ from mft_kernels import __version__
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _MODEL = ("model_name",)
+_KEY = (
+    "key",
+)  # the name of the API key, "" (which Prometheus drops) without; only counters have it, as they are small
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 _ABORTED = 499  # the status if the client has left
@@ -45,7 +48,7 @@ class Metrics:
         )
         self._whole = self._seconds("mft_e2e_request_latency_seconds", "Time from a request to the end of its answer.")
         self._refused = Counter(
-            "mft_request_refused", "Requests that were refused, by HTTP status.", ("status",), registry=registry
+            "mft_request_refused", "Requests that were refused, by HTTP status.", (*_KEY, "status"), registry=registry
         )
         self._rows = Histogram(
             "mft_batch_rows",
@@ -60,24 +63,24 @@ class Metrics:
     def count_answer(self, model: str, it: Generation, status: int, ending: str, seconds: float) -> None:
         """Count a generation that has ended. Arguments are as for Journal.record_answer."""
         if status not in (200, _ABORTED):
-            self.count_refusal(status)
+            self.count_refusal(status, it.key)
         if model != self._tasks.base and model not in self._tasks.bank.tasks:
             return  # its task has been unloaded meanwhile, and its counts are deleted
         if status in (200, _ABORTED):
-            self._success.labels(model, ending if status == 200 else "abort").inc()
-        self._generation.labels(model).inc(it.tokens)
+            self._success.labels(model, it.key, ending if status == 200 else "abort").inc()
+        self._generation.labels(model, it.key).inc(it.tokens)
         if it.joined:
             self._queue.labels(model).observe(it.joined - it.began)
         if it.first:
-            self._prompt.labels(model).inc(len(it.prompt))
+            self._prompt.labels(model, it.key).inc(len(it.prompt))
             self._first.labels(model).observe(it.first - it.began)
         if it.tokens > 1:
             self._each.labels(model).observe((seconds - (it.first - it.began)) / (it.tokens - 1))
         if status == 200:
             self._whole.labels(model).observe(seconds)
 
-    def count_refusal(self, status: int) -> None:
-        self._refused.labels(str(status)).inc()
+    def count_refusal(self, status: int, key: str) -> None:
+        self._refused.labels(key, str(status)).inc()
 
     def count_rows(self, rows: int) -> None:
         self._rows.observe(rows)
@@ -91,7 +94,7 @@ class Metrics:
         return generate_latest(self._registry)
 
     def _counter(self, name: str, says: str, *labels: str) -> Counter:
-        made = Counter(name, says, (*_MODEL, *labels), registry=self._registry)
+        made = Counter(name, says, (*_MODEL, *_KEY, *labels), registry=self._registry)
         self._of_models.append(made)
         return made
 

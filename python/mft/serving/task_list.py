@@ -10,13 +10,13 @@ _MOST_BYTES = 1 << 20  # most bytes of a file
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")  # names are used in logs, in metrics and in paths of URLs
 
 
-def check_name(option: str, name: str) -> None:
-    """Raise ValueError unless a task may have this name."""
+def check_name(option: str, name: str, got: str | None = None) -> None:
+    """Raise ValueError unless a task may have this name. got: what the message shows instead of it."""
     check_rule(
         _NAME.fullmatch(name) is not None,
         option,
         "name a task by 1 to 128 letters, digits and . _ : / -, the first a letter or a digit",
-        repr(name[:200]),
+        got or repr(name[:200]),
     )
 
 

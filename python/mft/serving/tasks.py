@@ -1,13 +1,14 @@
 """The tasks by the names that clients use. They can be loaded and unloaded while the service runs."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
 from mft.checks import check_rule, nearest
 from mft.masks.bank import MaskBank
 from mft.serving.batch.scheduler import Scheduler
+from mft.serving.key import EVERYTHING, Key
 from mft.serving.refusal import Refused
 from mft.serving.task_list import check_name
 
@@ -28,13 +29,21 @@ class Tasks:
         """The names that a request may ask for now, the base first."""
         return (self.base, *(task for task in self.bank.tasks if not self._scheduler.is_retiring(task)))
 
-    def find(self, model: str, *, param: str = "model") -> str | None:
-        """Return the task of a request's model, None for the base. Raises: Refused if there is no such name."""
+    def names_for(self, key: Key) -> tuple[str, ...]:
+        return tuple(filter(key.knows, self.names))
+
+    def find(self, model: str, *, param: str = "model", key: Key = EVERYTHING) -> str | None:
+        """Return the task of a request's model, None for the base.
+
+        Raises: Refused if there is no such name, or if the key may not call it, whether or not it exists.
+        """
+        key.check_model(model)
         if model == self.base:
             return None
-        if model not in self.names:
+        names = self.names_for(key)
+        if model not in names:
             raise Refused(
-                f"{param} must be one of {self._name_list()}, got {model!r}{nearest(model, self.names)}",
+                f"{param} must be one of {_name_list(names)}, got {model!r}{nearest(model, names)}",
                 status=404,
                 param=param,
                 code="model_not_found",
@@ -79,11 +88,6 @@ class Tasks:
         await self._call_when_unused(name, lambda: self.bank.remove(name))
         self.on_unload(name)
 
-    def _name_list(self) -> str:
-        """Return the names for a message, at most 20."""
-        more = len(self.names) - _MOST_SHOWN
-        return ", ".join(self.names[:_MOST_SHOWN]) + (f" and {more} more (GET /v1/models)" if more > 0 else "")
-
     def _check_free(self, name: str, replace: bool) -> None:
         if name not in self.bank.tasks:
             return
@@ -113,3 +117,10 @@ class Tasks:
 
         self._scheduler.retire(name, unused)
         await done
+
+
+def _name_list(names: Sequence[str]) -> str:
+    """Return names for a message, at most 20."""
+    more = len(names) - _MOST_SHOWN
+    shown = ", ".join(names[:_MOST_SHOWN]) + (f" and {more} more (GET /v1/models)" if more > 0 else "")
+    return shown or "the key's tasks, of which none is loaded"

@@ -79,7 +79,7 @@ def plan_training(config: RunConfig, processes: int = 1) -> Plan:
             layer,
         )
     _check_disk(config, shape, workload)
-    device_bytes, host_bytes = _free_memory(device)
+    device_bytes, host_bytes = free_memory(device)
     choice = choose(shape, workload, device_bytes, host_bytes)
     if choice.chosen is None:
         raise ValueError(_refusal(choice, workload))
@@ -181,7 +181,7 @@ def _saves_a_tenth(shape: ModelShape, workload: Workload) -> bool:
     return first >= 0.1 * (first + 4 * (shape.layers - first))
 
 
-def _free_memory(device: torch.device) -> tuple[float, float | None]:
+def free_memory(device: torch.device) -> tuple[float, float | None]:
     """Return the free bytes on the device, and on the host if it has separate memory."""
     host = _available_host_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # shared by torchrun's processes
     return (host, None) if device.type == "cpu" else (torch.cuda.mem_get_info(device)[0], host)

@@ -71,7 +71,14 @@ def serve(
     api_keys_file: Annotated[
         Path | None,
         typer.Option(
-            readable=False, help="A file of keys, one per line: clients must send one. SIGHUP reads it again."
+            readable=False,
+            help="Keys of clients, one per line: KEY, NAME KEY, or NAME KEY TASK,TASK. SIGHUP reads the file again.",
+        ),
+    ] = None,
+    admin_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            readable=False, help="Keys that may also load and unload masks, as lines KEY or NAME KEY; SIGHUP too."
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
@@ -79,7 +86,13 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Another host name that clients may use; * for any.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Maximum number of requests answered at the same time.")] = 8,
+    cache: Annotated[
+        str | None, typer.Option(help="Memory for keys and values, such as 2GB; by default half of what is free.")
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Maximum number of requests answered at once; by default what --cache holds."),
+    ] = None,
     waiting: Annotated[int, typer.Option(min=0, help="Maximum number of further requests that wait.")] = 64,
     length: Annotated[
         int | None, typer.Option(min=2, help="Maximum tokens of prompt and answer; by default what the base supports.")
@@ -104,6 +117,7 @@ def serve(
 
     The model's name in a request chooses the task.
     """
+    from mft.cli.estimate import parse_bytes
     from mft.cli.serve import run_serve
 
     run_serve(
@@ -114,9 +128,11 @@ def serve(
         load_from=load_from,
         force=force,
         api_keys_file=api_keys_file,
+        admin_keys_file=admin_keys_file,
         host=host,
         port=port,
         allow_host=allow_host or (),
+        cache=None if cache is None else int(parse_bytes(cache, "--cache")),
         rows=rows,
         waiting=waiting,
         length=length,

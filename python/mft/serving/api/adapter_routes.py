@@ -47,7 +47,7 @@ class Adapters:
         self._tasks, self._root, self._log = tasks, None if root is None else root.resolve(), log
 
     async def load(self, request: Request) -> Response:
-        root = self._allowed_root()
+        root = self._allowed_root(request)
         body = read_body(LoadBody, await json_bytes(request, _MOST_BYTES))
         directory, began = directory_below(root, body.lora_path), time.monotonic()
         try:
@@ -59,12 +59,12 @@ class Adapters:
         return self._respond(request, "loaded", body.lora_name, time.monotonic() - began, f" from {directory}")
 
     async def unload(self, request: Request) -> Response:
-        self._allowed_root()
+        self._allowed_root(request)
         body, began = read_body(UnloadBody, await json_bytes(request, _MOST_BYTES)), time.monotonic()
         await self._tasks.unload(body.lora_name)
         return self._respond(request, "unloaded", body.lora_name, time.monotonic() - began)
 
-    def _allowed_root(self) -> Path:
+    def _allowed_root(self, request: Request) -> Path:
         if self._root is None:
             raise Refused(
                 "loading and unloading must be switched on at the server, got a server without it: start it with "
@@ -72,15 +72,17 @@ class Adapters:
                 status=403,
                 code="loading_is_off",
             )
+        exchange_of(request.scope).key.check_admin()
         return self._root
 
     def _respond(self, request: Request, event: str, name: str, seconds: float, beside: str = "") -> Response:
         exchange = exchange_of(request.scope)
         self._log.tell(
             event,
-            f"{exchange.id} {event} {name}{beside} in {seconds:.2f} s",
+            f"{exchange.id}{exchange.key.mark} {event} {name}{beside} in {seconds:.2f} s",
             level=logging.INFO,
             request_id=exchange.id,
+            key=exchange.key.name or None,
             model=name,
             seconds=round(seconds, 4),
         )

@@ -10,6 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mft.serving.key import NOTHING, Key
 from mft.serving.refusal import Refused
 
 _KEY = "exchange"  # in a scope's state
@@ -18,11 +19,15 @@ _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}  # b
 
 @dataclass
 class Exchange:
-    """A request and its response. refused: why there is no answer, if so. is_told: whether the log has its line."""
+    """A request and its response. refused: why there is no answer, if so. is_told: whether the log has its line.
+
+    key: what the client may do, nothing until check_key has seen it.
+    """
 
     id: str
     method: str
     path: str
+    key: Key = NOTHING
     refused: Refused | None = None
     is_told: bool = False
 

@@ -1,7 +1,7 @@
 """Send the pieces of one answer to its client, whole or as a stream of events, until the client leaves."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from openai.types import CompletionUsage
@@ -16,41 +16,47 @@ from mft.serving.refusal import Refused
 
 
 class Pieces:
-    """The pieces of one generation, as they come. Call leave() at the end: it frees the generation's place.
+    """The pieces of one request's generations, as they come. Call leave() at the end: it frees their places.
 
-    tell: called once, with the generation, its status and how it ended.
+    queue: of pairs (index of the generation, its piece).
+    tell: called once with each generation, its status and how it ended.
     """
 
     def __init__(
         self,
-        generation: Generation,
-        queue: "asyncio.Queue[Piece]",
+        generations: Sequence[Generation],
+        queue: "asyncio.Queue[tuple[int, Piece]]",
         scheduler: Scheduler,
         tell: Callable[[Generation, int, str], None],
     ) -> None:
-        self._generation, self._queue, self._scheduler, self._tell = generation, queue, scheduler, tell
-        self._status, self._ending = 499, "cancelled"  # by the client, until the generation ends
+        self._generations, self._queue, self._scheduler, self._tell = generations, queue, scheduler, tell
+        self._endings = [(499, "cancelled")] * len(generations)  # by the client, until a generation ends
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        """Yield the pieces; the last one has a finish. Raises: Refused instead of the rest."""
-        while True:
-            piece = await self._queue.get()
+    def __len__(self) -> int:
+        return len(self._generations)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Yield (index, piece); the last piece of each index has a finish. Raises: Refused instead of the rest."""
+        left = len(self)
+        while left:
+            index, piece = await self._queue.get()
             if piece.refused is not None:
-                self._status, self._ending = piece.refused.status, piece.refused.message
+                self._endings[index] = piece.refused.status, piece.refused.message
                 raise piece.refused
             if piece.finish is not None:
-                self._status, self._ending = 200, piece.finish
-            yield piece
-            if piece.finish is not None:
-                return
+                self._endings[index], left = (200, piece.finish), left - 1
+            yield index, piece
 
-    def usage(self) -> CompletionUsage:
-        prompt, made = len(self._generation.prompt), self._generation.tokens
+    def usage(self, n: int) -> CompletionUsage:
+        """Return the tokens of all, with the prompt of each n generations counted once."""
+        prompt = sum(len(each.prompt) for each in self._generations[::n])
+        made = sum(each.tokens for each in self._generations)
         return CompletionUsage(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
 
     def leave(self) -> None:
-        self._scheduler.cancel(self._generation)
-        self._tell(self._generation, self._status, self._ending)
+        for generation, ending in zip(self._generations, self._endings, strict=True):
+            self._scheduler.cancel(generation)
+            self._tell(generation, *ending)
 
 
 class Stream(StreamingResponse):
@@ -67,26 +73,32 @@ class Stream(StreamingResponse):
             self._pieces.leave()
 
 
-async def events(answer: TextAnswer, pieces: Pieces, *, with_usage: bool) -> AsyncIterator[str]:
+async def events(answer: TextAnswer, pieces: Pieces, n: int, *, with_usage: bool) -> AsyncIterator[str]:
     for text in answer.first():
         yield text
     try:
-        async for piece in pieces:
-            for text in answer.piece(piece.text, piece.finish):
+        async for index, piece in pieces:
+            for text in answer.piece(index, piece):
                 yield text
     except Refused as refused:
         yield refusal_event(refused)
         return
     if with_usage:
-        yield answer.usage(pieces.usage())
+        yield answer.usage(pieces.usage(n))
     yield END
 
 
-async def whole(answer: TextAnswer, pieces: Pieces) -> Response:
-    made = [piece async for piece in pieces]
-    finish = made[-1].finish
-    assert finish is not None
-    return JSONResponse(answer.whole("".join(piece.text for piece in made), finish, pieces.usage()))
+async def whole(answer: TextAnswer, pieces: Pieces, n: int) -> Response:
+    made: list[list[Piece]] = [[] for _ in range(len(pieces))]
+    async for index, piece in pieces:
+        made[index].append(piece)
+    # Beside the event loop: the log-probabilities of a long prompt take a second.
+    return await asyncio.to_thread(lambda: JSONResponse(answer.whole([*map(joined, made)], pieces.usage(n))))
+
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    logprobs = [each for piece in pieces for each in piece.logprobs]
+    return Piece("".join(piece.text for piece in pieces), pieces[-1].finish, logprobs=logprobs)
 
 
 async def unless_client_leaves(request: Request, pieces: Pieces, answer: Any) -> Response:

@@ -5,9 +5,9 @@ import copy
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from openai.types import Model
 from starlette.applications import Starlette
@@ -19,34 +19,38 @@ from mft.checks import shown
 from mft.serving.api.adapter_routes import Adapters
 from mft.serving.api.answer import ChatAnswer, TextAnswer
 from mft.serving.api.api_keys import ApiKeys, check_key
-from mft.serving.api.body import Body, ChatBody, CompletionBody, most_bytes, read_body
+from mft.serving.api.body import Body, ChatBody, CompletionBody, TokenizeBody, most_bytes, read_body
 from mft.serving.api.connection import check_room
 from mft.serving.api.exchange import Exchanges, check_length, exchange_of, refuse
 from mft.serving.api.hosts import check_host
 from mft.serving.api.incoming import json_bytes
 from mft.serving.api.pieces import Pieces, Stream, events, unless_client_leaves, whole
+from mft.serving.api.token_texts import TokenTexts
 from mft.serving.batch.answer_text import AnswerText
 from mft.serving.batch.generation import Generation, Piece
-from mft.serving.batch.sampling import Sampling
+from mft.serving.batch.json_grammar import JsonGrammar, JsonGrammars
+from mft.serving.batch.sampling import Sampling, SamplingOptions
 from mft.serving.batch.scheduler import Scheduler
 from mft.serving.journal import Journal
+from mft.serving.key import Key
 from mft.serving.log import Log
 from mft.serving.prometheus import CONTENT_TYPE, Metrics
-from mft.serving.prompt import Prompts
+from mft.serving.prompt import Prompt, Prompts
 from mft.serving.refusal import Refused, failure
 from mft.serving.tasks import Tasks
+from mft_kernels import __version__
 
 READ_AT_ONCE = 2  # bodies that are parsed and tokenised at once: two, so that a long one does not block a short one
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request after reading. task: the one whose masks it takes. prompt: tokens. most: most tokens of the answer."""
+    """A request after reading. task: the one whose masks it takes."""
 
     body: Body
     task: str | None
-    prompt: list[int]
-    most: int
+    prompts: list[Prompt]
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,11 @@ class Service:
         scheduler.on_step, tasks.on_unload = self._metrics.count_rows, self._metrics.forget
         self._prompts = Prompts(tokenizer, length, max_tokens)
         self._most_bytes, self._reading = most_bytes(length), asyncio.Semaphore(READ_AT_ONCE)
+        self._reading_schema = asyncio.Semaphore(1)
         self._tokenizer = copy.deepcopy(tokenizer)  # the scheduler's thread decodes while others encode
+        self._texts = TokenTexts(self._tokenizer)
         self._ends = _ends(tasks.bank.model, tokenizer)
+        self._grammars = JsonGrammars(self._tokenizer, self._ends)
         self._started = int(time.time())
         adapters = Adapters(tasks, access.load_from, log)
         app = Starlette(
@@ -96,6 +103,8 @@ class Service:
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/load_lora_adapter", adapters.load, methods=["POST"]),
                 Route("/v1/unload_lora_adapter", adapters.unload, methods=["POST"]),
+                Route("/tokenize", self._tokenize, methods=["POST"]),
+                Route("/version", self._version),
                 Route("/health", self._health),
                 Route("/health/live", self._live),
                 Route("/health/ready", self._ready),
@@ -128,12 +137,13 @@ class Service:
     async def _page_of_metrics(self, _: Request) -> Response:
         return Response(self._metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def _models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card(name) for name in self._tasks.names]})
+    async def _models(self, request: Request) -> Response:
+        names = self._tasks.names_for(exchange_of(request.scope).key)
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in names]})
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
-        self._tasks.find(name)
+        self._tasks.find(name, key=exchange_of(request.scope).key)
         return JSONResponse(self._card(name))
 
     async def _completions(self, request: Request) -> Response:
@@ -142,35 +152,86 @@ class Service:
     async def _chat(self, request: Request) -> Response:
         return await self._answer(request, ChatBody, ChatAnswer)
 
-    async def _answer(self, request: Request, kind: type[Body], form: type[TextAnswer]) -> Response:
+    async def _version(self, _: Request) -> Response:
+        return JSONResponse({"version": __version__})
+
+    async def _tokenize(self, request: Request) -> Response:
+        read = functools.partial(self._read_tokens, key=exchange_of(request.scope).key)
+        tokens = await self._read_beside(request, read)
+        return JSONResponse({"count": len(tokens), "max_model_len": self._prompts.length, "tokens": tokens})
+
+    def _read_tokens(self, data: bytes, key: Key) -> list[int]:
+        body = read_body(TokenizeBody, data)
+        if body.model is not None:
+            self._tasks.find(body.model, key=key)
+        return self._prompts.tokenize(body)
+
+    async def _read_beside(self, request: Request, read: Callable[[bytes], Read]) -> Read:
+        """Return what read makes of a request's body, on another thread. Raises: Refused."""
         data = await json_bytes(request, self._most_bytes, ", 64 KiB and 32 bytes per token of --length")
         async with self._reading:
-            asked = await asyncio.to_thread(self._read, kind, data)
-        body, exchange = asked.body, exchange_of(request.scope)
-        answer = form(body.model, exchange.id)
-        pieces = self._begin(asked, functools.partial(self._journal.record_answer, exchange, answer.id, body.model))
-        if body.stream:
-            return Stream(pieces, events(answer, pieces, with_usage=body.stream_options.include_usage))
-        return await unless_client_leaves(request, pieces, whole(answer, pieces))
+            return await asyncio.to_thread(read, data)
 
-    def _read(self, kind: type[Body], data: bytes) -> "_Asked":
+    async def _answer(self, request: Request, kind: type[Body], form: type[TextAnswer]) -> Response:
+        exchange = exchange_of(request.scope)
+        asked = await self._read_beside(request, functools.partial(self._read, kind, key=exchange.key))
+        body = asked.body
+        echoes = [prompt.echo or "" for prompt in asked.prompts for _ in range(body.n)]
+        answer = form(body.model, exchange.id, self._texts, echoes)
+        grammar = None
+        if body.schema_to_follow is not None:
+            async with self._reading_schema:  # one takes seconds at most, and bodies without one do not wait
+                grammar = await asyncio.to_thread(self._grammars.read, body.schema_to_follow)
+        tell = functools.partial(self._journal.record_answer, exchange, answer.id, body.model)
+        pieces = self._begin(asked, grammar, exchange.key.name, tell)
+        if body.stream:
+            return Stream(pieces, events(answer, pieces, body.n, with_usage=body.stream_options.include_usage))
+        return await unless_client_leaves(request, pieces, whole(answer, pieces, body.n))
+
+    def _read(self, kind: type[Body], data: bytes, key: Key) -> "_Asked":
         """Read a request's body. Raises: Refused."""
         body = read_body(kind, data)
-        return _Asked(body, self._tasks.find(body.model), *self._prompts.read(body))
+        task, most = self._tasks.find(body.model, key=key), self._scheduler.most
+        asked = body.prompts * body.n
+        if asked > most:
+            param = "prompt" if body.n == 1 else "n"
+            got = f"{asked} ({body.prompts} times {body.n})"
+            raise Refused(f"{param} must ask for at most {most} answers (--rows and --waiting), got {got}", param=param)
+        return _Asked(body, task, self._prompts.read(body))
 
-    def _begin(self, asked: "_Asked", tell: Callable[[Generation, int, str], None]) -> Pieces:
-        loop, queue, body = asyncio.get_running_loop(), asyncio.Queue[Piece](), asked.body
-        generation = Generation(
-            asked.task,
-            asked.prompt,
-            asked.most,
-            Sampling(body.temperature, body.top_p, body.seed),
-            AnswerText(self._tokenizer, body.stop),
-            self._ends,
-            lambda piece: loop.call_soon_threadsafe(queue.put_nowait, piece),
-        )
-        self._scheduler.submit(generation)
-        return Pieces(generation, queue, self._scheduler, tell)
+    def _begin(
+        self, asked: "_Asked", grammar: JsonGrammar | None, key: str, tell: Callable[[Generation, int, str], None]
+    ) -> Pieces:
+        loop, queue, body = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]](), asked.body
+        options = SamplingOptions(**{field.name: getattr(body, field.name) for field in fields(SamplingOptions)})
+
+        def take(index: int, piece: Piece) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, (index, piece))
+
+        generations: list[Generation] = []
+        for prompt in asked.prompts:
+            for choice in range(body.n):  # with seeds of their own, so that they differ
+                own = options if options.seed is None else replace(options, seed=options.seed + choice)
+                generation = Generation(
+                    asked.task,
+                    prompt.tokens,
+                    prompt.most,
+                    Sampling(prompt.tokens, own, grammar and grammar.copy()),
+                    self._text(body, prompt),
+                    self._ends,
+                    functools.partial(take, len(generations)),
+                    logprobs=body.likeliest,
+                    reads_prompt=prompt.echo is not None and body.likeliest is not None,
+                )
+                generation.key = key
+                generations.append(generation)
+        self._scheduler.submit(generations)
+        return Pieces(generations, queue, self._scheduler, tell)
+
+    def _text(self, body: Body, prompt: Prompt) -> AnswerText:
+        if prompt.echo is None:
+            return AnswerText(self._tokenizer, body.stop)
+        return AnswerText(self._tokenizer, body.stop, prompt.echo, prompt.tokens)
 
     def _card(self, name: str) -> dict[str, Any]:
         return Model(id=name, object="model", created=self._started, owned_by="mft").model_dump()

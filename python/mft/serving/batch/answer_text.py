@@ -3,31 +3,37 @@
 from collections.abc import Sequence
 from typing import Any
 
-_HALF = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for an incomplete character
+HALF = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer writes for an incomplete character
+_BEFORE = 5  # tokens of an echoed prompt that decide how the answer's first token is written
 
 
 class AnswerText:
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
-        self._tokens: list[int] = []
-        self._text = ""
-        self._released = 0
+    """The text of an answer. echo, prompt: text that comes before it, and its tokens; none by default."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], echo: str = "", prompt: Sequence[int] = ()) -> None:
+        self._tokenizer, self._stops, self._echo = tokenizer, stops, echo.rstrip(HALF)
+        self._tokens = [*prompt[-_BEFORE:]]
+        self._text = self._decode() if prompt else ""
+        self._released = len(self._text.rstrip(HALF))
         self.stopped = False  # whether a stop string has come; the text ends before it
 
     def add(self, token: int) -> str:
         """Add a token, and return the text that it releases."""
         self._tokens.append(token)
         # All tokens are decoded, as a token's text depends on those before: 0.17 ms for 1,000 tokens of SmolLM2.
-        self._text = self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self._text = self._decode()
         found = [at for stop in self._stops if (at := self._text.find(stop, self._released)) >= 0]
         if found:
             self.stopped, self._text = True, self._text[: min(found)]
             return self.rest()
-        return self._release(min(len(self._text.rstrip(_HALF)), len(self._text) - self._partial_stop()))
+        return self._release(min(len(self._text.rstrip(HALF)), len(self._text) - self._partial_stop()))
 
     def rest(self) -> str:
         """Return the text that was held back. Call it after the last token."""
         return self._release(len(self._text))
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _partial_stop(self) -> int:
         """Return the number of characters at the end of the text with which a stop string begins."""
@@ -37,6 +43,6 @@ class AnswerText:
         )
 
     def _release(self, end: int) -> str:
-        piece = self._text[self._released : end]
+        piece, self._echo = self._echo + self._text[self._released : end], ""
         self._released = max(self._released, end)
         return piece

@@ -1,171 +1,209 @@
-"""The running requests as one left-padded batch with one cache. Rows join and leave between two tokens.
+"""The running requests as rows of one ragged batch: one call of the model reads what is new of each row.
 
-length 6:   . . a a a a     a prompt that joins is read alone; then its keys and values are padded on the left to the
-            b b b b b b     longest row's length and appended as a row; rows that leave take their padding with them
-
-If frequencies depend on a row's length (longrope.py), a row that passes the switch is read again from its start.
+A row that generates has one new token. A prompt is read in pieces beside the others, so that it does not stop them. If
+a row has outgrown its place and there is no memory for a larger one, the newest row leaves, to be read again later.
 """
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
 from mft.masks.bank import MaskBank
+from mft.models.attention_choice import attention_configs
+from mft.models.causal_lm import head_of
 from mft.models.key_value_cache import other_cache_layers
 from mft.models.longrope import by_own_length, switch_length
-from mft.models.packed_rows import check_lengths_apart
+from mft.serving.batch.ragged import OWN, RaggedAttention, Reading
+from mft.serving.batch.slabs import Row, Shape, Slabs
+
+PIECE = 256  # tokens of prompts in one call
+_ROUNDING = 0.05  # of the largest logit: room for sums in another order
+
+Logits = tuple[Row, int, Tensor]  # a row, the position of the first token, and logits (tokens, V) after each
 
 
 class RunningBatch:
-    """The running batch of a bank's model. Raises: ValueError if its cache has more than keys and values to pad."""
+    """The running batch of a bank's model, whose keys and values take at most cache bytes.
 
-    def __init__(self, bank: MaskBank) -> None:
+    Raises: ValueError for a model whose rows cannot be read in one call, or a cache without room for a token.
+    """
+
+    def __init__(self, bank: MaskBank, cache: int) -> None:
         model: Any = bank.model
         self.bank, self._model = bank, model
-        other = other_cache_layers(model)
-        if other:
-            raise ValueError(
-                f"base must cache only keys and values, got a {type(self._model).__name__} with {other[0]}: mft "
-                "merge makes each task an ordinary model, for any other server"
-            )
-        forward = inspect.signature(self._model.forward).parameters
-        self._takes_positions = "position_ids" in forward
-        self._switch = switch_length(model)
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in forward else {}
-        self._tasks: list[str | None] = []
-        self._tokens: list[list[int]] = []  # tokens read so far, for each row
-        self._padding: list[int] = []  # padding on the left, for each row
-        self._length = 0  # length of the longest row
-        # Without the configuration, all keys and values are kept for sliding windows too: they are masked, not cut.
-        self._cache = DynamicCache()
+        check_readable(model)
+        self._attention, self._switch = RaggedAttention(model), switch_length(model)
+        self._shapes = _shapes(bank)
+        self._slabs = Slabs(self._shapes, cache)
+        if not self._slabs.longest:
+            raise ValueError(f"--cache must hold a token of {self._slabs.token_bytes} bytes, got {cache}: give more")
+        self.rows: list[Row] = []  # the oldest first
 
-    def __len__(self) -> int:
-        return len(self._tasks)
+    @property
+    def longest(self) -> int:
+        """The most tokens of a row: what the cache holds."""
+        return self._slabs.longest
+
+    @property
+    def token_bytes(self) -> int:
+        return self._slabs.token_bytes
 
     @property
     def cache_bytes(self) -> int:
-        """The bytes of keys and values."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in _filled_layers(self._cache))
+        """The bytes of the slabs that are in use."""
+        return self._slabs.bytes
 
     def knows(self, task: str | None) -> bool:
         """Return whether rows may take this task's masks."""
         return task is None or task in self.bank.tasks
 
-    def join(self, task: str | None, prompt: Sequence[int]) -> Tensor:
-        """Read a prompt and add it as the last row. Returns: its logits (V,) for the next token."""
-        return self.add(task, prompt, *self.read(task, prompt))
+    def join(self, row: Row) -> bool:
+        """Add a row with its tokens so far, unread. Returns: whether there is memory for it, and a token more."""
+        has_room = self._slabs.put(row, min(len(row.tokens) + 1, self.longest))
+        if has_room:
+            self.rows.append(row)
+        return has_room
 
-    def read(self, task: str | None, prompt: Sequence[int]) -> tuple[Tensor, DynamicCache]:
-        """Read a prompt alone, without changing the batch. Returns: logits (V,) for the next token, keys and values."""
-        cache = DynamicCache()
-        return self._forward(torch.tensor([prompt]), cache, [task], [0], len(prompt))[0], cache
+    def leave(self, row: Row) -> None:
+        """Remove a row, which may join again."""
+        self.rows.remove(row)
+        self._slabs.remove(row)
+        row.read = 0
 
-    def add(self, task: str | None, prompt: Sequence[int], logits: Tensor, cache: DynamicCache) -> Tensor:
-        """Add a prompt that was read as the last row. Returns: its logits."""
-        if len(self):
-            length = max(self._length, len(prompt))
-            _append_row(self._cache, length - self._length, cache, length - len(prompt))
-            self._padding = [padding + length - self._length for padding in self._padding] + [length - len(prompt)]
-            self._length = length
-        else:
-            self._cache, self._padding, self._length = cache, [0], len(prompt)
-        self._tasks.append(task)
-        self._tokens.append([*prompt])
-        return logits
+    def make_room(self) -> list[Row]:
+        """Give rows that have outgrown their places larger ones. Returns: the rows that had to leave for it."""
+        gone = []
+        for row in [*self.rows]:
+            while row.slab is not None and len(row.tokens) > row.slab.capacity:
+                if not self._slabs.put(row, len(row.tokens)):
+                    gone.append(self.rows[-1])
+                    self.leave(gone[-1])
+        return gone
+
+    def step(self, rows: Sequence[Row] | None = None) -> list[Logits]:
+        """Read each row's latest token, or a piece of its unread ones. rows: some, to find out which one fails.
+
+        Returns: the logits after each row's last token, if it has been read, and those that the row wants beside.
+        """
+        counts = _pieces(self.rows if rows is None else rows)
+        return self._read(counts) if counts else []
 
     def check_rows_apart(self) -> None:
-        """Raise ValueError if a few short calls show that the model mixes its rows: tasks could not differ."""
+        """Raise ValueError unless rows of different tasks get what each gets alone, tried with a few tokens."""
+        tasks = (None, next(iter(self.bank.tasks), None))
         try:
-            self.join(None, [0])
-            self.join(next(iter(self.bank.tasks), None), [0, 0])
-            self.step([0, 0])
-            if self._switch is not None:
-                with by_own_length(self._model):
-                    check_lengths_apart(self._model, torch.zeros(1, 4).long().to(self._model.device), self._switch + 1)
+            rows = [Row(task, [*range(count)]) for task, count in zip(tasks, (7, 4), strict=True)]
+            for row in rows:
+                self.join(row)
+            self._read([(rows[0], 3)])
+            self._read([(rows[0], 3), (rows[1], 3)])
+            for row, _, logits in self._read([(row, 1) for row in rows]):
+                with self.bank.use(row.task):
+                    alone = self._model(torch.tensor([row.tokens], device=self._model.device)).logits[0, -1].float()
+                if not (logits[0] - alone).abs().max() <= _ROUNDING * alone.abs().max():
+                    raise ValueError("a row's logits differ from those that it gets alone: serve another base")
         except ValueError as error:
             raise ValueError(
                 f"base must keep its rows apart, a {type(self._model).__name__} does not: {error}, or mft merge, which "
                 "makes each task an ordinary model, for any other server"
             ) from None
         finally:
-            self.keep([])
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Read each row's latest token. Returns: logits (rows, V) for the next tokens."""
-        self._length += 1
-        for read, token in zip(self._tokens, tokens, strict=True):
-            read.append(token)
-        logits = self._forward(torch.tensor(tokens)[:, None], self._cache, self._tasks, self._padding, self._length)
-        for row, read in enumerate(self._tokens):
-            if self._switch is not None and len(read) == self._switch + 1:
-                logits[row] = self._read_again(row)
-        return logits
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these rows in the batch."""
-        if not rows:
-            self._tasks, self._tokens, self._padding, self._length, self._cache = [], [], [], 0, DynamicCache()
-            return
-        if len(rows) == len(self):
-            return
-        self._tasks = [self._tasks[row] for row in rows]
-        self._tokens = [self._tokens[row] for row in rows]
-        padding = [self._padding[row] for row in rows]
-        common = min(padding)
-        self._padding = [each - common for each in padding]
-        self._length -= common
-        kept = torch.tensor(rows, device=self._model.device)
-        for layer in _filled_layers(self._cache):
-            layer.batch_select_indices(kept)
-            layer.keys, layer.values = layer.keys[..., common:, :], layer.values[..., common:, :]
-
-    def _read_again(self, row: int) -> Tensor:
-        """Compute a row's keys and values again from its start. Returns: its logits (V,)."""
-        cache, read = DynamicCache(), self._tokens[row]
-        logits = self._forward(torch.tensor([read]), cache, [self._tasks[row]], [0], len(read))[0]
-        for layer, new in zip(_filled_layers(self._cache), _filled_layers(cache), strict=True):
-            layer.keys[row, :, self._padding[row] :] = new.keys[0]
-            layer.values[row, :, self._padding[row] :] = new.values[0]
-        return logits
+            for row in [*self.rows]:
+                self.leave(row)
 
     @torch.no_grad()
-    def _forward(
-        self, tokens: Tensor, cache: DynamicCache, tasks: Sequence[str | None], padding: Sequence[int], length: int
-    ) -> Tensor:
-        device = self._model.device
-        before = torch.tensor(padding, device=device)[:, None]
-        places = torch.arange(length, device=device)[None]
-        given: dict[str, Any] = dict(self._options)
-        if self._takes_positions:
-            given["position_ids"] = (places - before)[:, -tokens.shape[1] :].clamp(min=0)
-        one = len(set(tasks)) == 1
-        with self.bank.use(tasks[0] if one else tasks), by_own_length(self._model):
-            result = self._model(
-                input_ids=tokens.to(device),
-                attention_mask=(places >= before).long(),
-                cache=cache,
-                use_cache=True,
-                **given,
-            )
-        return result.logits[:, -1]
+    def _read(self, counts: Sequence[tuple[Row, int]]) -> list[Logits]:
+        """Read these numbers of the rows' next tokens."""
+        found, kept, token = list[tuple[Row, int, int]](), list[int](), 0
+        with self._attention.reading(counts, self._model.device) as reading:
+            for row, count in reading.rows:
+                first, end = _wanted(row, count), row.read + count
+                found.append((row, first, end))
+                kept += range(token + first - row.read, token + count)
+                token += count
+            tasks = reading.tasks
+            with self.bank.use(tasks[0] if len({*tasks}) == 1 else tasks), self._frequencies(reading), self._head(kept):
+                logits = self._model(
+                    input_ids=reading.input_ids, position_ids=reading.position_ids, cache=reading, use_cache=True
+                ).logits[:, 0]
+        each = logits.split([end - first for _, first, end in found])
+        for row, _, end in found:
+            is_last = len(row.tokens) == end == self._switch  # a longer row has other frequencies from its start on
+            row.read = 0 if is_last else end
+        return [(row, first, part) for (row, first, _), part in zip(found, each, strict=True) if len(part)]
+
+    def _frequencies(self, reading: Reading) -> contextlib.AbstractContextManager[None]:
+        if self._switch is None:
+            return contextlib.nullcontext()
+        last = [len(row.tokens) - 1 for row, count in reading.rows for _ in range(count)]
+        return by_own_length(self._model, torch.tensor(last, device=self._model.device)[:, None])
+
+    @contextlib.contextmanager
+    def _head(self, tokens: Sequence[int]) -> Iterator[None]:
+        """Let the head read only these tokens of a call in this context."""
+        kept = torch.tensor(tokens, dtype=torch.long, device=self._model.device)
+
+        def select(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return args[0].index_select(0, kept), *args[1:]
+
+        handle = head_of(self._model).register_forward_pre_hook(select)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
-def _filled_layers(cache: DynamicCache) -> list[Any]:
-    """Return the layers with keys and values. If layers share them, some layers have none."""
-    layers: list[Any] = cache.layers
-    return [layer for layer in layers if layer.get_seq_length()]
+def check_readable(model: Any) -> None:
+    """Raise ValueError unless the model computes attention by transformers' registry, for any positions and mask."""
+    name = type(model).__name__
+    remedy = "mft merge makes each task an ordinary model, for any other server"
+    other = other_cache_layers(model)
+    if other:
+        raise ValueError(f"base must cache only keys and values, got a {name} with {other[0]}: {remedy}")
+    kinds = {*(getattr(model.config.get_text_config(), "layer_types", None) or ())}
+    own = attention_configs(model, OWN)
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    if not (own and takes and model._supports_attention_backend) or "chunked_attention" in kinds:
+        raise ValueError(
+            f"base must take position_ids and compute attention by transformers' sdpa or eager, got a {name}: {remedy}"
+        )
 
 
-def _append_row(cache: DynamicCache, padding: int, row: DynamicCache, row_padding: int) -> None:
-    """Pad both on the left, and append row to cache."""
-    for layer, new in zip(_filled_layers(cache), _filled_layers(row), strict=True):
-        for name in ("keys", "values"):
-            parts = [
-                F.pad(getattr(each, name), (0, 0, left, 0)) for each, left in ((layer, padding), (new, row_padding))
-            ]
-            setattr(layer, name, torch.cat(parts))
+def _shapes(bank: MaskBank) -> dict[int, Shape]:
+    """Return what each layer stores of a token, by its number."""
+    cache: Any = DynamicCache()
+    model: Any = bank.model
+    with torch.no_grad(), bank.use(None):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), cache=cache, use_cache=True)
+    return {n: Shape.of(each.keys, each.values) for n, each in enumerate(cache.layers) if each.get_seq_length()}
+
+
+def _pieces(rows: Sequence[Row]) -> list[tuple[Row, int]]:
+    """Return how many tokens each row reads now: one if it has one, else its part of PIECE.
+
+    The oldest prompt gets half of it, so that it is read in the end, and then the shortest ones, which soon generate.
+    """
+    unread = {row: len(row.tokens) - row.read for row in rows}
+    prompts = [row for row in rows if unread[row] > 1]
+    ordered = sorted(prompts, key=lambda row: unread[row])
+    found, left = [(row, 1) for row in rows if unread[row] == 1], PIECE
+    for row in (*prompts[:1], *(row for row in ordered if row is not prompts[0])):
+        most = left // 2 if row is prompts[0] and len(prompts) > 1 else left
+        count = min(unread[row], most)
+        if count:
+            found.append((row, count))
+            left -= count
+    return found
+
+
+def _wanted(row: Row, count: int) -> int:
+    """Return the first position of those that are read now whose logits are wanted."""
+    end = row.read + count
+    if row.read < row.wants:
+        return row.read
+    return end - 1 if end == len(row.tokens) else end

@@ -1,16 +1,22 @@
 """Schedule generations: they wait in a queue, join the running batch between two tokens, and leave as soon as they end.
 
-One thread runs the model. Between two tokens of the running rows, it reads at most one prompt.
+One thread runs the model. What waits joins if there are a row and memory for it; the longest-waiting of a key is first.
 """
 
+import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from mft.serving.batch.generation import Generation
-from mft.serving.batch.running_batch import RunningBatch
+import torch
+
+from mft.serving.batch.fair_queue import FairQueue
+from mft.serving.batch.generation import Generation, advance_all
+from mft.serving.batch.running_batch import Logits, RunningBatch
+from mft.serving.batch.slabs import Row
 from mft.serving.refusal import Refused
+
+logger = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -20,8 +26,8 @@ class Scheduler:
         self._batch, self._rows, self._most_waiting, self._timeout = batch, rows, waiting, timeout
         self.on_end: Callable[[], None] = lambda: None  # called when the thread ends
         self.on_step: Callable[[int], None] = lambda rows: None  # called on the thread with each step's number of rows
-        self._waiting: deque[Generation] = deque()
-        self._running: list[Generation] = []  # row i of the batch
+        self._waiting = FairQueue()
+        self._running: dict[Row, Generation] = {}  # the oldest first
         self._retiring: dict[str, Callable[[], None]] = {}
         self.is_closing = self.is_cut = self.has_failed = False
         self._changed = threading.Condition()
@@ -41,27 +47,33 @@ class Scheduler:
         """The bytes of the batch's keys and values."""
         return self._batch.cache_bytes
 
-    def submit(self, generation: Generation) -> None:
-        """Queue a generation. Raises: Refused if there is no place, the server is stopping or the task was unloaded."""
+    @property
+    def most(self) -> int:
+        """The most generations at once, running or waiting."""
+        return self._rows + self._most_waiting
+
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Queue the generations of one request, all or none.
+
+        Raises: Refused if there is no place, the server is stopping or the task was unloaded.
+        """
+        first = generations[0]
         with self._changed:
             if self.is_closing:
                 raise Refused("the server must be running, got one that is stopping: ask another", status=503)
-            if len(self._running) + len(self._waiting) >= self._rows + self._most_waiting:
-                most = self._rows + self._most_waiting
+            share, waiting = self._waiting.share(first.key, self._most_waiting)
+            free = self._rows - len(self._running) + share  # those that wait for a free row take no share
+            if waiting + len(generations) > free:
+                raise self._too_many(share, len(generations))
+            if first.task in self._retiring or not self._batch.knows(first.task):  # since it was read
                 raise Refused(
-                    f"requests must be at most {most} at once, {self._rows} answered (--rows) and "
-                    f"{self._most_waiting} waiting (--waiting), got one more: try again later",
-                    status=429,
-                    code="rate_limit_exceeded",
-                )
-            if generation.task in self._retiring or not self._batch.knows(generation.task):  # since it was read
-                raise Refused(
-                    f"model must be loaded, got {generation.task!r}, which has just been unloaded: ask for another",
+                    f"model must be loaded, got {first.task!r}, which has just been unloaded: ask for another",
                     status=404,
                     param="model",
                     code="model_not_found",
                 )
-            self._waiting.append(generation)
+            for generation in generations:
+                self._waiting.append(generation)
             self._changed.notify()
 
     def cancel(self, generation: Generation) -> None:
@@ -97,6 +109,18 @@ class Scheduler:
         """Wait until the thread has ended."""
         self._thread.join(timeout)
 
+    def _too_many(self, share: int, asked: int) -> Refused:
+        rule = (
+            f"requests must be at most {self._rows + share} at once, {self._rows} answered (--rows) and "
+            f"{share} waiting (--waiting)"
+        )
+        if share < self._most_waiting:
+            rule = (
+                f"requests that wait must be at most {share} for each key, its equal share of {self._most_waiting} "
+                "places (--waiting)"
+            )
+        return Refused(f"{rule}, got {asked} more: try again later", status=429, code="rate_limit_exceeded")
+
     # ---------------------------------------------------------------------------------------------- on the thread
 
     def _run(self) -> None:
@@ -110,50 +134,75 @@ class Scheduler:
             self.close()
             self._refuse_all(Refused("the server must be running, got one that failed", status=500))
             with self._changed:
-                self._running = []
+                self._running = {}
                 self._tell_unused()
             self.on_end()
 
     def _work(self) -> bool:
-        """Read a prompt if there is a place for it, and generate a token for each row. Returns: whether to go on."""
+        """Admit what there is room for, and let each row read what is new of it. Returns: whether to go on."""
         with self._changed:
             self._changed.wait_for(lambda: self._running or self._waiting or self.is_closing)
             if self.is_cut:
                 self._refuse_all(Refused("the server must be running, got one that is stopping", status=503))
             self._refuse_late()
             self._leave()
-            joining = self._waiting.popleft() if self._waiting and len(self._running) < self._rows else None
-            if joining is not None:
-                joining.joined = time.monotonic()
-                self._running.append(joining)
-            elif not self._running:
+            for row in self._batch.make_room():
+                self._waiting.appendleft(self._running.pop(row))
+            self._admit()
+            if not self._running:
                 return not self.is_closing
-        if joining is not None:
-            with joining.isolating_errors():
-                read = self._batch.read(joining.task, joining.prompt)
-            if not joining.is_over:
-                joining.advance(self._batch.add(joining.task, joining.prompt, *read))
-            with self._changed:
-                self._leave()
-        if self._running:
-            logits = self._batch.step([each.last for each in self._running])
-            self.on_step(len(self._running))
-            for each, row in zip(self._running, logits, strict=True):
-                each.advance(row)
+        found = self._step()
+        self.on_step(len(self._running))
+        ready = []
+        for row, first, logits in found:
+            if first < row.wants:
+                self._running[row].see_prompt(first, logits)
+            if first + len(logits) == len(row.tokens):
+                ready.append((row, self._running[row], logits[-1]))
+        if ready:
+            advance_all([each for _, each, _ in ready], torch.stack([logits for *_, logits in ready]))
+        for row, generation, _ in ready:
+            if not generation.is_over:
+                row.tokens.append(generation.last)
         return True
+
+    def _admit(self) -> None:
+        """Let those that wait join, in their order, as long as there are rows and memory."""
+        while self._waiting and len(self._running) < self._rows:
+            generation = self._waiting.peek()
+            wants = len(generation.prompt) if generation.reads_prompt and not generation.chosen else 0
+            row = Row(generation.task, [*generation.prompt, *generation.chosen], wants)
+            if not self._batch.join(row):
+                return
+            self._running[row] = self._waiting.popleft()
+            generation.joined = generation.joined or time.monotonic()
+
+    def _step(self) -> list[Logits]:
+        """Let all rows read. If this fails, let each do so alone, so that only those fail that cause it."""
+        try:
+            return self._batch.step()
+        except torch.AcceleratorError:  # the device is lost for all rows
+            raise
+        except Exception:
+            logger.exception("a step of %d rows failed, each is tried alone", len(self._running))
+        found = []
+        for row, generation in self._running.items():
+            with generation.isolating_errors():
+                found += self._batch.step([row])
+        return found
 
     def _leave(self) -> None:
         """Remove the rows that are over or cancelled."""
-        stay = [row for row, each in enumerate(self._running) if not (each.is_over or each.is_cancelled)]
-        if len(stay) < len(self._running):
-            self._batch.keep(stay)
-            self._running = [self._running[row] for row in stay]
+        for row, each in [*self._running.items()]:
+            if each.is_over or each.is_cancelled:
+                self._batch.leave(row)
+                del self._running[row]
         self._tell_unused()
 
     def _tell_unused(self) -> None:
         if not self._retiring:
             return
-        used = {each.task for each in (*self._running, *self._waiting)}
+        used = {each.task for each in (*self._running.values(), *self._waiting)}
         for task in [task for task in self._retiring if task not in used]:
             self._retiring[task]()
             del self._retiring[task]
@@ -163,7 +212,7 @@ class Scheduler:
         if self._timeout is None:
             return
         began_before = time.monotonic() - self._timeout
-        for each in (*self._running, *self._waiting):
+        for each in (*self._running.values(), *self._waiting):
             if each.began < began_before and not each.is_over:
                 each.refuse(
                     Refused(
@@ -173,11 +222,12 @@ class Scheduler:
                         code="timeout",
                     )
                 )
-        self._waiting = deque(each for each in self._waiting if not each.is_over)
+        for each in [each for each in self._waiting if each.is_over]:
+            self._waiting.remove(each)
 
     def _refuse_all(self, refused: Refused) -> None:
         with self._changed:
-            for each in (*self._running, *self._waiting):
+            for each in (*self._running.values(), *self._waiting):
                 if not each.is_over:
                     each.refuse(refused)
-            self._waiting.clear()
+            self._waiting = FairQueue()
