@@ -20,6 +20,7 @@ from mft.serving.batch.running_batch import RunningBatch
 from mft.serving.batch.scheduler import Scheduler
 from mft.serving.log import Log, new_log
 from mft.serving.options import Options
+from mft.serving.passing_thread import in_passing_thread
 from mft.serving.port import bind
 from mft.serving.reload import MasksFile, Reload
 from mft.serving.server import Server
@@ -95,11 +96,8 @@ def _serve(
     check_rule(base not in masks, "--masks", "name tasks differently from the base", base)
     with bind(options.host, options.port) as bound:
         log.tell("loading", words)
-        model, tokenizer = read_model(config)
-        bank = load_mask_bank(model, directories, force=options.force)
-        batch = RunningBatch(bank, options.cache or int(free_memory(model.device)[0] * _SHARE))
-        batch.check_rows_apart()
-        most = row_length(options.length, model.config, config.name, batch.longest)
+        batch, tokenizer = in_passing_thread(lambda: _load(config, directories, options))
+        most = row_length(options.length, batch.bank.model.config, config.name, batch.longest)
         rows = options.rows or max(1, min(_ROWS, batch.longest // _USUAL))
         log.tell("cache", f"keys and values of {batch.longest} tokens in memory, for up to {rows} rows of {most}")
         scheduler = Scheduler(batch, rows=rows, waiting=options.waiting, timeout=options.timeout)
@@ -137,6 +135,15 @@ def _serve(
     if scheduler.has_failed:
         raise RuntimeError("the thread that runs the model must not fail, and it did: see the traceback above")
     log.tell("stopped", "stopped")
+
+
+def _load(config: ModelConfig, directories: Mapping[str, Path], options: Options) -> tuple[RunningBatch, Any]:
+    """Return the batch of the base with its masks, and the tokenizer."""
+    model, tokenizer = read_model(config)
+    bank = load_mask_bank(model, directories, force=options.force)
+    batch = RunningBatch(bank, options.cache or int(free_memory(model.device)[0] * _SHARE))
+    batch.check_rows_apart()
+    return batch, tokenizer
 
 
 def _access(options: Options, log: Log) -> Access:

@@ -1,6 +1,7 @@
 """The tasks by the names that clients use. They can be loaded and unloaded while the service runs."""
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
@@ -9,6 +10,7 @@ from mft.checks import check_rule, nearest
 from mft.masks.bank import MaskBank
 from mft.serving.batch.scheduler import Scheduler
 from mft.serving.key import EVERYTHING, Key
+from mft.serving.passing_thread import in_passing_thread
 from mft.serving.refusal import Refused
 from mft.serving.task_list import check_name
 
@@ -66,10 +68,12 @@ class Tasks:
             loaded = len(self.bank.tasks)
             if most is not None and loaded >= most and name not in self.bank.tasks:
                 raise ValueError(f"lora_name must be one of at most {most} tasks, got one more: unload another first")
-            masks = await asyncio.to_thread(self.bank.read, directory, force=self._force)
+            masks = await asyncio.to_thread(
+                in_passing_thread, functools.partial(self.bank.read, directory, force=self._force)
+            )
             self._check_free(name, replace)
             if name not in self.bank.tasks:
-                await asyncio.to_thread(self.bank.put, name, masks)
+                await asyncio.to_thread(in_passing_thread, functools.partial(self.bank.put, name, masks))
                 return
 
         def exchange() -> None:
