@@ -86,13 +86,16 @@ Optional try_masked_linear(Tensor x, Tensor weight, Tensor scores, Tensor thresh
   return forward_of(x, w, mask_of(scores, threshold, mode, w), data_of(bias));
 }
 
-Optional try_masked_linear_packed(Tensor x, Tensor weight, Tensor packed, Optional bias) {
+// Without packed, every weight is kept.
+Optional try_masked_linear_packed(Tensor x, Tensor weight, Optional packed, Optional bias) {
   if (is_asked_for() || !is_weight(weight)) return std::nullopt;
   const ScalarType type = weight.scalar_type();
   const int64_t rows = weight.size(0), columns = weight.size(1);
-  if (!is_tokens(x, type, columns) || !is_words(packed, rows, columns) || !is_bias(bias, type, rows)) return std::nullopt;
+  if (!is_tokens(x, type, columns) || !is_bias(bias, type, rows)) return std::nullopt;
+  if (packed.has_value() && !is_words(*packed, rows, columns)) return std::nullopt;
   const Matrix w = input(weight, "weight");
-  return forward_of(x, w, mask_of(packed, w), data_of(bias));
+  std::vector<uint32_t> all;
+  return forward_of(x, w, packed.has_value() ? mask_of(*packed, w) : keep_all(all, columns), data_of(bias));
 }
 
 // Return whether no gradients but d_x and d_scores are wanted, which are the usual ones.
@@ -206,7 +209,7 @@ MFT_OPS(CompositeExplicitAutograd) {
   MFT_OP(try_masked_linear_backward,
          "(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, Tensor threshold, str mode, bool[] output_mask) "
          "-> Tensor[]");
-  MFT_OP(try_masked_linear_packed, "(Tensor x, Tensor weight, Tensor packed, Tensor? bias) -> Tensor?");
+  MFT_OP(try_masked_linear_packed, "(Tensor x, Tensor weight, Tensor? packed, Tensor? bias) -> Tensor?");
   MFT_OP(try_masked_linear_packed_backward,
          "(Tensor grad_output, Tensor x, Tensor weight, Tensor packed, Tensor? scores, Tensor? signs, str mode, bool[] "
          "output_mask) -> Tensor[]");

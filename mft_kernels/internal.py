@@ -51,6 +51,7 @@ from .reference.fixed_point import code_at_least as code_at_least  # a budget's 
 from .reference.fixed_point import selectable as selectable  # int16 scores, read as the kernels read them
 
 # Weights and products
+from .backends.cpu import try_linear as try_linear  # what layers with a mask in place generate by
 from .codes import FORMATS as FORMATS  # the quantised formats by name,
 from .codes import INT8_LARGEST as INT8_LARGEST  # int8's largest code,
 from .codes import NESTED_BLOCK as NESTED_BLOCK  # scales that share one scale in Nf4Dq,

@@ -39,7 +39,7 @@ FewTokens few_tokens(const Matrix& out, const Weight& weight, const MaskSource& 
   FewTokens call{weight.format, count, weight.rows, weight.columns, static_cast<const char*>(weight.data), mask.scores,
                  mask.score_format, mask.words, mask.range, static_cast<const char*>(bias), tokens,
                  static_cast<char*>(out.data)};
-  call.one_row = mask.one_row, call.codes = weight.codes, call.decode = weight.decode;
+  call.keeps_all = mask.keeps_all, call.codes = weight.codes, call.decode = weight.decode;
   return call;
 }
 

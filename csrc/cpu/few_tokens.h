@@ -35,7 +35,7 @@ struct FewTokens {
   const float* tokens;  // M rows, few_token_stride() apart, made by prepare_*()
   char* out;
   const int64_t* places = nullptr;  // dot: the row of `out` for each token; nullptr: row t for token t
-  bool one_row = false;             // the words are those of one row, shared by all rows
+  bool keeps_all = false;           // the words are those of one row, all ones
   // dot and sum: codes instead of `weight`. room: memory for kDotRows rows, or strips of rows, while they are decoded.
   const Quantized* codes = nullptr;
   Decode decode = nullptr;

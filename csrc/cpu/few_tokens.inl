@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -213,7 +214,7 @@ inline void add_across(float out[4], const Floats v[4]) {
 
 constexpr int kUnit = 2 * kLanes;  // columns
 
-// Prefetches into L2. The next rows are prefetched whatever the size of a layer: in a model, even a small weight has
+// Prefetches into L2. Weights are prefetched whatever the size of a layer: in a model, even a small weight has
 // left the caches when its turn comes. Scores are always prefetched, because they are read row by row. Without this,
 // one token of SmolLM2's linears from fp32 scores took 2.6 times a dense product; with it, 2.3 (Xeon with AMX). For the
 // weight, see dot_rows().
@@ -398,7 +399,7 @@ inline const Element* weight_part(const FewTokens& call, int64_t row, int64_t fi
 inline const uint32_t* words_of(const FewTokens& call, int64_t row, int64_t first, int64_t columns, int64_t rows,
                                 uint32_t* scratch) {
   if (call.scores == nullptr) {
-    const int64_t stride = call.one_row ? 0 : (call.columns + kStep - 1) / kStep;
+    const int64_t stride = call.keeps_all ? 0 : (call.columns + kStep - 1) / kStep;
     const uint32_t* words = call.words + row * stride + first / kStep;
     for (int64_t j = 0; j < columns; j += 16 * kStep) prefetch(words + rows * stride + j / kStep);
     return words;
@@ -444,11 +445,11 @@ MFT_INLINE void store_dots(const FewTokens& call, const Floats sums[kRows][kToke
   }
 }
 
-// Which cache lines of the next rows a block of tokens prefetches while it works: one in `every`, and each block
-// different ones. So memory is as busy during the last tokens as during the first. If the first block prefetched all
-// lines, 8 to 32 tokens took 5 to 10 % longer (bf16, 4096 x 4096, Zen 4).
+// Which cache lines a block of tokens prefetches while it works: one in `every`, and each block different ones. With
+// several blocks, 16-bit weights prefetch the next rows. So memory is as busy during the last tokens as during the
+// first. If the first block prefetched all lines, 8 to 32 tokens took 5 to 10 % longer (bf16, 4096 x 4096, Zen 4).
 struct Fetch {
-  int64_t ahead = 0;            // bytes from a row to the next one; 0: no prefetch
+  int64_t ahead = 0;            // bytes; 0: no prefetch
   int64_t every = 1, left = 1;  // steps between two lines, and steps left to the next one
 
   bool due() {
@@ -456,12 +457,19 @@ struct Fetch {
     left = every;
     return true;
   }
-  void bring(const void* line) const { prefetch(static_cast<const char*>(line) + ahead); }
+  // Prefetches what lies ahead of kStep elements.
+  template <typename Element>
+  void bring(const Element* step) const {
+    for (int64_t b = 0; b < kStep * static_cast<int64_t>(sizeof(Element)); b += 64) {
+      prefetch(reinterpret_cast<const char*>(step) + ahead + b);
+    }
+  }
 };
 
 // Multiplies kRows rows of the weight, `apart` rows from each other, with each of kTokens tokens. Rows from `rows` on
-// repeat the last one and are not stored.
-template <typename Kind, int kRows, int kTokens>
+// repeat the last one and are not stored. Without kMasked, the words are all ones and only those of the last columns
+// are read.
+template <typename Kind, int kRows, bool kMasked, int kTokens>
 void dot_block(const FewTokens& call, const typename Kind::Element* const* weight, const uint32_t* const* words,
                int64_t first_row, int64_t rows, int64_t apart, int64_t first_token, Fetch fetch) {
   using Element = typename Kind::Element;
@@ -501,7 +509,7 @@ void dot_block(const FewTokens& call, const typename Kind::Element* const* weigh
     for (int64_t j = 0; j < columns; j += kStep) {
       uint32_t bits[kRows];
       MFT_UNROLL
-      for (int r = 0; r < kRows; ++r) bits[r] = masks[r][j / kStep];
+      for (int r = 0; r < kRows; ++r) bits[r] = kMasked ? masks[r][j / kStep] : ~0u;
       if (fetch.due()) {
         MFT_UNROLL
         for (int r = 0; r < kRows; ++r) fetch.bring(from[r] + j);
@@ -515,22 +523,25 @@ void dot_block(const FewTokens& call, const typename Kind::Element* const* weigh
   store_dots<Kind, kRows, kTokens>(call, sums, first_row, rows, apart, first_token);
 }
 
-template <typename Kind, int kRows>
+constexpr int64_t kAhead = 4096;  // bytes of all rows together between a load and its prefetch
+
+template <typename Kind, int kRows, bool kMasked>
 void dot_tokens(const FewTokens& call, const typename Kind::Element* const* weight, const uint32_t* const* words,
                 int64_t first_row, int64_t rows, int64_t apart, bool fetch = true) {
+  constexpr int kMost = kRows > kManyRows ? 1 : kDotTokens;  // more rows: one token, see dot()
   using Block = void (*)(const FewTokens&, const typename Kind::Element* const*, const uint32_t* const*, int64_t,
                          int64_t, int64_t, int64_t, Fetch);
   static constexpr Block kBlocks[] = {
-      dot_block<Kind, kRows, 1>,
-      dot_block<Kind, kRows, kDotTokens < 2 ? kDotTokens : 2>,
-      dot_block<Kind, kRows, kDotTokens < 3 ? kDotTokens : 3>,
-      dot_block<Kind, kRows, kDotTokens < 4 ? kDotTokens : 4>,
-      dot_block<Kind, kRows, kDotTokens < 5 ? kDotTokens : 5>,
-      dot_block<Kind, kRows, kDotTokens < 6 ? kDotTokens : 6>,
+      dot_block<Kind, kRows, kMasked, 1>,
+      dot_block<Kind, kRows, kMasked, kMost < 2 ? kMost : 2>,
+      dot_block<Kind, kRows, kMasked, kMost < 3 ? kMost : 3>,
+      dot_block<Kind, kRows, kMasked, kMost < 4 ? kMost : 4>,
+      dot_block<Kind, kRows, kMasked, kMost < 5 ? kMost : 5>,
+      dot_block<Kind, kRows, kMasked, kMost < 6 ? kMost : 6>,
   };
-  constexpr bool kFetched = sizeof(typename Kind::Element) < 4;  // see dot_rows()
-  const int64_t ahead = kFetched && fetch ? call.columns * static_cast<int64_t>(sizeof(typename Kind::Element)) : 0;
-  const int64_t groups = (call.count + kDotTokens - 1) / kDotTokens;
+  constexpr int64_t kWidth = sizeof(typename Kind::Element);
+  const int64_t groups = (call.count + kMost - 1) / kMost;
+  const int64_t ahead = !fetch ? 0 : groups > 1 && kWidth < 4 ? call.columns * kWidth : kAhead / kRows;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = call.count * g / groups, end = call.count * (g + 1) / groups;
     kBlocks[end - first - 1](call, weight, words, first_row, rows, apart, first, {ahead, groups, g + 1});
@@ -549,9 +560,10 @@ void dot_tokens(const FewTokens& call, const typename Kind::Element* const* weig
 //   fp32, 4 tokens                       0.68                  0.86
 //   bf16, 4 tokens                       0.56                  0.76
 //
-// Prefetching the next row in addition makes bf16 up to a seventh faster, but fp32 slower: both kinds of prefetch wait
-// for the same line buffers.
-template <typename Kind, int kRows>
+// Prefetching kAhead in addition fills L2's line buffers. Time compared with no such prefetch, 4096 x 4096, from DRAM
+// (Xeon with AMX, 2 threads): bf16 0.86 for 1 token and 0.85 for 4, fp32 0.96 and 0.90. The next row instead of kAhead
+// took 1.04 times as long in bf16, and made fp32 no faster.
+template <typename Kind, int kRows, bool kMasked>
 void dot_rows(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* scratch) {
   using Element = typename Kind::Element;
   const int64_t words_stride = (call.columns + kStep - 1) / kStep, part = (end_row - first_row + kRows - 1) / kRows;
@@ -565,18 +577,19 @@ void dot_rows(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_
       weight[r] = exists ? weight_part<Element>(call, mine, 0, call.columns, r, 1) : weight[rows - 1];
       words[r] = exists ? words_of(call, mine, 0, call.columns, 1, scratch + r * words_stride) : words[rows - 1];
     }
-    dot_tokens<Kind, kRows>(call, weight, words, row, rows, part, call.codes == nullptr);
+    dot_tokens<Kind, kRows, kMasked>(call, weight, words, row, rows, part, call.codes == nullptr);
   }
 }
 
 void dot(const FewTokens& call, int64_t first_row, int64_t end_row, uint32_t* scratch) {
   with_kind(call.format, [&](auto kind) {
     using Kind = decltype(kind);
-    if (call.count == 1) {
-      dot_rows<Kind, kDotRows>(call, first_row, end_row, scratch);
-    } else {
-      dot_rows<Kind, kManyRows>(call, first_row, end_row, scratch);
-    }
+    const auto rows = [&](auto masked) {
+      constexpr int kRows = kDotRows, kMany = kManyRows;
+      constexpr bool kMasked = decltype(masked)::value;
+      (call.count == 1 ? dot_rows<Kind, kRows, kMasked> : dot_rows<Kind, kMany, kMasked>)(call, first_row, end_row, scratch);
+    };
+    call.keeps_all ? rows(std::false_type()) : rows(std::true_type());
   });
 }
 

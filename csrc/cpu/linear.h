@@ -18,14 +18,14 @@ struct MaskSource {
   const uint32_t* words;
   KeepRange range;
   int64_t columns;
-  bool one_row = false;  // the words are those of one row, shared by all rows
+  bool keeps_all = false;  // the words are those of one row, all ones
 
   // Returns the mask of row r from column `first` on, which is a multiple of 32.
   MaskRow row(int64_t r, int64_t first = 0) const {
     if (scores != nullptr) {
       return {static_cast<const char*>(scores) + (r * columns + first) * bytes_of(score_format), nullptr, range};
     }
-    return {nullptr, words + (one_row ? 0 : r * ((columns + 31) / 32)) + first / 32, range};
+    return {nullptr, words + (keeps_all ? 0 : r * ((columns + 31) / 32)) + first / 32, range};
   }
 };
 

@@ -59,11 +59,11 @@ void dot_many_rows(const FewTokens* calls, int64_t count, int64_t first_row, int
       }
       if (call.count == 1 && rows == kRows && columns % kStep == 0) {
         fetch(0, rows);
-        dot_one<Kind, kRows>(call, weight[0], words[0], call.one_row ? 0 : words_stride * part, row, part);
+        dot_one<Kind, kRows>(call, weight[0], words[0], call.keeps_all ? 0 : words_stride * part, row, part);
       } else {
         for (int64_t r = 0; r < rows; r += kManyRows) {
           fetch(r, smaller(r + kManyRows, rows));
-          dot_tokens<Kind, kManyRows>(call, weight + r, words + r, row + r * part, rows - r, part, false);
+          dot_tokens<Kind, kManyRows, true>(call, weight + r, words + r, row + r * part, rows - r, part, false);
         }
       }
     }

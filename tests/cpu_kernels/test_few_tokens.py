@@ -20,15 +20,32 @@ def few(take_path):
     take_path("few")
 
 
+SHAPES = [(1, 1), (31, 33), (32, 32), (33, 31), (5, 70), (70, 5), (17, 100), (100, 17)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", range(1, 17))
 def test_products_equal_the_reference_on_integers(capability, m, dtype):
     # Both lengths take every remainder of the steps of 32 columns and of 4, 8 and 16 rows.
-    for i, (n, k) in enumerate([(1, 1), (31, 33), (32, 32), (33, 31), (5, 70), (70, 5), (17, 100), (100, 17)]):
+    for i, (n, k) in enumerate(SHAPES):
         mode, scores_dtype = MODES[(i + m) % 2], DTYPES[(i + m) % 3]  # tests/ops has each with each dtype
         t = integer_inputs(m, n, k, dtype, scores_dtype, seed=i + m)
         o = Operands.of(t, 1.0 if mode == "magnitude" else -1.0, mode)
         assert_equals_reference(flat, o, gradients=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", range(1, 17))
+def test_products_without_a_mask_equal_torchs_on_integers(capability, m, dtype):
+    for i, (n, k) in enumerate([*SHAPES, (40, 300)]):
+        t = integer_inputs(m, n, k, dtype, dtype, seed=i + m)
+        for bias in (None, t.weight[:, 0].contiguous()):
+            expected = torch.nn.functional.linear(
+                t.x.double(), t.weight.double(), None if bias is None else bias.double()
+            )
+            got = cpu.try_linear(t.x, t.weight, bias)
+            assert got is not None
+            assert torch.equal(got, expected.to(dtype)), (n, k)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

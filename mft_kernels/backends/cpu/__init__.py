@@ -289,6 +289,11 @@ def _short() -> dict[str, Callable]:
     }
 
 
+def try_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Return x @ weight.T + bias, without a gradient; None if the call is unusual, so that torch has to serve it."""
+    return None if unavailable else built.cpu_ops.try_masked_linear_packed.default(x, weight, None, bias)
+
+
 unavailable = load("cpu")
 
 register(

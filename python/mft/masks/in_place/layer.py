@@ -7,31 +7,28 @@ from torch import Tensor, nn
 
 from mft.masks.convert import replace_module
 from mft.masks.masked_experts import Layout, layout, restore_layout, unmask_experts
-from mft_kernels import MaskedLayer, MaskedLinear, masked_linear_packed
-from mft_kernels.internal import MaskedInPlace, why_lost
+from mft_kernels import MaskedLayer, MaskedLinear
+from mft_kernels.internal import MaskedInPlace, is_seen_by_others, try_linear, why_lost
 
-#: On a Xeon with AMX the kernel for few tokens takes 0.5 to 1.0 of the time of torch's product up to FEW tokens, if the
-#: weight has at least LARGE bytes. In a cache it takes up to 1.4 times as long in fp32, and 0.5 for one token in bf16.
-FEW, LARGE = 8, 16 << 20
+#: The most tokens that our product serves. On a Xeon with AMX it takes 0.3 to 1.0 of the time of torch's product, if
+#: the weight has left the cache, as in a model. From the cache fp32 takes up to 1.7 times as long (576 x 1536).
+FEW = 16
 
 
 class _Holder(nn.Linear):
-    """An nn.Linear whose weight holds a mask. It generates by the masked kernel, which reads a weight faster."""
+    """An nn.Linear whose weight holds a mask. It generates by our kernels, which read a weight faster."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, held: MaskedInPlace) -> None:
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.weight, self._mask = weight, held
+        self.weight = weight
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, packed = self.weight, self._mask.packed
-        is_large = weight.numel() * weight.itemsize >= LARGE
-        most = FEW if is_large else 1 if weight.dtype == torch.bfloat16 else 0
-        is_few = x.numel() <= most * self.in_features and not torch.is_grad_enabled()
-        if is_few and packed is not None and x.dtype == weight.dtype != torch.float16:
-            return masked_linear_packed(x, weight, packed, self.bias)
-        return super().forward(x)
+        given = x, self.weight, self.bias
+        is_few = x.is_cpu and x.numel() <= FEW * self.in_features and not torch.is_grad_enabled()
+        y = try_linear(*given) if is_few and not is_seen_by_others(*given) else None
+        return nn.functional.linear(*given) if y is None else y
 
 
 class InPlaceLayer:
@@ -54,7 +51,7 @@ class InPlaceLayer:
         self._layout: Layout | None = None
         self._holder: Any
         if isinstance(module, MaskedLinear):
-            self._holder = _Holder(self.parameter, module.bias, self.held).train(module.training)
+            self._holder = _Holder(self.parameter, module.bias).train(module.training)
         else:
             path, _, part = name.rpartition(".")
             self._holder = model.get_submodule(path)
