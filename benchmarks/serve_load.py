@@ -206,17 +206,23 @@ def run(load: Load, requests: int, clients: int, halfway: Callable[[], None] = l
 # ---------------------------------------------------------------------------------------------- the server
 
 
-def write_inputs(root: Path, base: str) -> None:
-    """Write masks of a base for five tasks, a list of them and a file of keys."""
+def write_masks(folder: Path, base: str, tasks: Sequence[str], dtype: str, keep_ratio: float) -> dict[str, Path]:
+    """Write random masks of a base into folder/task. Returns: their directories by task."""
     from mft.config import MaskConfig, ModelConfig
     from mft.masks.convert import mask_model
     from mft.masks.export import save_masks
     from mft.models.pretrained import load_model
 
-    for seed, task in enumerate(TASKS):
-        model, _ = load_model(ModelConfig(name=base, dtype=DTYPE))
-        save_masks(mask_model(model, MaskConfig.paper(keep_ratio=0.5, seed=seed)), root / "masks" / task)
-    (root / "masks.txt").write_text("".join(f"{task}={root / 'masks' / task}\n" for task in TASKS))
+    for seed, task in enumerate(tasks):
+        model, _ = load_model(ModelConfig(name=base, dtype=dtype))
+        save_masks(mask_model(model, MaskConfig.paper(keep_ratio=keep_ratio, seed=seed)), folder / task)
+    return {task: folder / task for task in tasks}
+
+
+def write_inputs(root: Path, base: str) -> None:
+    """Write masks of a base for five tasks, a list of them and a file of keys."""
+    masks = write_masks(root / "masks", base, TASKS, DTYPE, keep_ratio=0.5)
+    (root / "masks.txt").write_text("".join(f"{task}={directory}\n" for task, directory in masks.items()))
     (root / "keys").write_text("sk-load-test\n")
     (root / "keys").chmod(0o600)
 
@@ -239,16 +245,13 @@ def write_tiny_base(root: Path) -> str:
 
 
 @contextlib.contextmanager
-def server(root: Path, base: str, log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def server(arguments: Sequence[str | Path], log: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """Run mft serve and yield (its address, the process); it must end by SIGTERM with exit code 0."""
-    files = ["--masks-file", root / "masks.txt", "--load-from", root / "masks", "--admin-keys-file", root / "keys"]
-    options = ["--model", base, "--dtype", DTYPE, "--length", "512", "--port", "0", "--log-format", "json"]
-    command = [sys.executable, "-m", "mft", "serve", *map(str, (*files, *options)), "--timeout", "120"]
+    command = [sys.executable, "-m", "mft", "serve", *map(str, arguments), "--port", "0", "--log-format", "json"]
+    environ = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with log.open("wb") as output:
         # Warnings go to the same file, whose other lines are JSON.
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"}
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environ)
     try:
         end = time.monotonic() + 300
         while not (ready := re.search(r'"address": "([^"]+)"', log.read_text())):
@@ -306,7 +309,9 @@ def main() -> None:
         root = Path(folder)
         base, log = write_tiny_base(root) if given.model == "tiny" else given.model, root / "log"
         write_inputs(root, base)
-        with server(root, base, log) as (address, process):
+        files = ["--masks-file", root / "masks.txt", "--load-from", root / "masks", "--admin-keys-file", root / "keys"]
+        options = ["--model", base, "--dtype", DTYPE, "--length", "512", "--timeout", "120"]
+        with server([*files, *options], log) as (address, process):
             directories = {task: task for task in TASKS}
             load = Load(Target(address, process.pid, directories, "sk-load-test"))
             load.prepare(("base" if given.model == "tiny" else base, *TASKS))
