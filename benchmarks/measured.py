@@ -19,6 +19,7 @@ BLOCKS: dict[str, tuple[str, tables.Table]] = {
     "shares": ("cpu", tables.shares_table),
     "loop": ("loop", tables.cpu_table),
     "generate": ("generate", tables.generate_table),
+    "serve": ("serve", tables.serve_table),
     "experts": ("experts", tables.experts_table),
     "launch": ("launch", tables.launch_table),
     "step": ("ops", tables.step_table),

@@ -22,6 +22,7 @@ _NO_RESULT = (
     *("mft_study/report", "mft_study/evidence"),
 )
 RECIPE = (*KERNELS, "python/mft", "python/mft_study", *(f":!python/{folder}" for folder in _NO_RESULT))
+SERVER = (*KERNELS, "python/mft/serving", "python/mft/masks")
 SIMULATED = ("python/mft", "mft_kernels", "benchmarks/memory")
 #: Questions that only the commit of their result can answer, and the command there.
 GONE = {
@@ -51,7 +52,7 @@ def find_maker(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]
     if name.startswith(("compare-", "ablation-")):
         return record["environment"]["command"], RECIPE
     if name.startswith("serve-load"):
-        return record["environment"]["command"], ("mft_kernels", "csrc/cpu", "python/mft/serving", "python/mft/masks")
+        return record["environment"]["command"], SERVER
     question = question_of(name) or name
     if question in GONE:
         return f"git switch --detach {record['environment']['commit'][:8]}; {GONE[question]}", ()
@@ -62,7 +63,7 @@ def find_maker(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]
     if question.startswith("gpu"):
         return "make gpu", ("mft_kernels", "csrc/cuda", "benchmarks/gpu")
     recipe = ("train_step", "generate", "decode", "many_masks")
-    code = RECIPE if question in recipe else KERNELS
+    code = SERVER if question == "serve" else RECIPE if question in recipe else KERNELS
     return f"make bench WHAT={question}", (*code, f"benchmarks/bench_{question}.py")
 
 

@@ -201,7 +201,31 @@ def _experts_of(record: Record) -> list[str]:
     return [markdown(["", "grouped_mm, ms", *(f"{name}, times that" for name in names)], rows)]
 
 
+def _serve_of(record: Record) -> list[str]:
+    """Return a row per number of requests and of tasks; then what a long prompt delays; both with the memory."""
+    rows = []
+    for case in record["cases"]:
+        own = [_rate_and_share(case[name]) for name in ("ours, engine", "ours, over HTTP")]
+        times = [f"{case[what]['p50_ms'] / 1e3:.2f} / {case[what]['p99_ms'] / 1e3:.2f}" for what in ("first", "answer")]
+        generated = f"{case['generate of the base']['median']:.3g}"
+        rows.append([str(case["rows"]), str(case["tasks"]), generated, *own, *times, f"{case['peak_mb']:.0f}"])
+    heads = ["requests", "tasks", "`generate`", "engine (x `generate`)", "over HTTP (x `generate`)"]
+    heads += ["first token, s", "answer, s", "peak MB"]
+    reading, memory = record["reading"], record["memory"]
+    step, steps = reading["step_ms"]["median"], reading["steps"]["median"]
+    beside = f"{reading['first_ms']['median'] / 1e3:.2f} s, {steps:.1f} steps of {step / 1e3:.2f} s"
+    parts = [
+        ["first token of a short prompt", beside],
+        ["peak memory", f"{memory['peak_mb']:.0f} MB"],
+        ["base and masks, before any request", f"{memory['loaded_mb']:.0f} MB"],
+        ["`--cache`", f"{memory['cache_mb']} MB"],
+    ]
+    long = f"{reading['running']} answers run, and a prompt of {reading['long']:,} tokens is read"
+    return [markdown(heads, rows), markdown([long, ""], parts)]
+
+
 ops_table, experts_table = _table_per_machine(_ops_of), _table_per_machine(_experts_of)
+serve_table = _table_per_machine(_serve_of)
 #: What is printed of a question.
 TABLES: dict[str, tuple[Table, ...]] = {
     "ops": (ops_table,),
@@ -210,6 +234,7 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "cpu": (cpu_table, shares_table),
     "generate": (generate_table,),
     "decode": (generate_table,),
+    "serve": (serve_table,),
     "experts": (experts_table,),
     "launch": (launch_table,),
     "many_masks": (_table_per_machine(_many_masks_of),),
@@ -278,6 +303,12 @@ def _ratio_and_share(case: Record | None) -> str:
         return ""
     share = f" ({100 * case['share']:.0f})" if "share" in case else ""
     return f"{case['ratio']['median']:.3g}{share}"
+
+
+def _rate_and_share(own: Record) -> str:
+    """Return tokens/s and its multiple of the baseline's, bold if it missed the target."""
+    shown = f"{own['tokens_per_s']['median']:.3g} ({1 / own['ratio']['median']:.2f})"
+    return f"**{shown}**" if own["target"] is not None and own["ratio"]["median"] > own["target"] else shown
 
 
 def _bold_above_target(case: Record) -> str:

@@ -2,17 +2,28 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_cpu, bench_decode, bench_experts, bench_generate, bench_launch, harness, measured
+from benchmarks import (
+    bench_cpu,
+    bench_decode,
+    bench_experts,
+    bench_generate,
+    bench_launch,
+    bench_serve,
+    harness,
+    measured,
+)
 from benchmarks.compare import ratios
 from benchmarks.cpu_targets import TARGETS
 from benchmarks.layer_competitors import FROM_SCORES, HELD
 from benchmarks.pooled import pooled
 from benchmarks.records import ON_ANY, RESULTS, file_name, read_all, read_machines, select_records
-from benchmarks.tables import cpu_table, experts_table, generate_table, launch_table, show
+from benchmarks.serve_load import write_tiny_base
+from benchmarks.tables import cpu_table, experts_table, generate_table, launch_table, serve_table, show
 from mft.memory.shapes import known_config
 
 SMALL = bench_cpu.Budget(
@@ -128,6 +139,29 @@ def test_the_question_of_rows_with_masks_of_their_own_is_answered(tmp_path, monk
     assert asked == {
         f"{bench_decode.bank_name(tasks)} / merged: {dtype}" for tasks in (1, 3, 8) for dtype in ("bf16", "fp32")
     }
+
+
+@pytest.mark.slow
+def test_the_question_of_the_server_is_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "_folder", tmp_path)
+    base = Path(write_tiny_base(tmp_path))
+    sizes = {"rows": (1, 8), "prompt": 3, "new": 4, "long": 2000, "lasting": 600, "cache": 64}
+    bench_serve.main(budget=bench_serve.Budget(base=lambda: base, rounds=2, **sizes))
+    records = read_machines(tmp_path, "serve")
+    (record,) = records.values()
+    assert [(case["rows"], case["tasks"]) for case in record["cases"]] == [(1, 1), (8, 1), (8, 4)]
+    assert [case["answer"]["requests"] for case in record["cases"]] == [2, 16, 16]
+    asked = {finding["quantity"]: finding["bound"] for finding in record["findings"] if finding["rule"] is not None}
+    assert asked == {
+        **{f"ours, {way}, 1 task / generate of the base: 8 requests": 1.053 for way in ("engine", "over HTTP")},
+        **{f"ours, {way}, 4 tasks / generate of the base: 8 requests": 1.176 for way in ("engine", "over HTTP")},
+        "first token while a long prompt is read": 3,
+        "peak memory beyond base and masks": 64,
+    }
+    for case in record["cases"]:
+        case["ours, engine"]["ratio"]["median"] = 1.2
+    bold = [line for line in serve_table(records).splitlines() if "(0.83)**" in line]
+    assert [line.split("|")[1:3] for line in bold] == [[" 8 ", " 1 "], [" 8 ", " 4 "]]
 
 
 # ---------------------------------------------------------------------------------------------- the question experts
