@@ -1,4 +1,4 @@
-"""Write the tables of docs/reference/measured.md from the stored results: python -m benchmarks.measured
+"""Write tables of measured.md and serving.md from the stored results: python -m benchmarks.measured
 
 Each table is between two comments with its name, <!-- step --> and <!-- /step -->. The text around the tables is
 written by hand. A machine has its column or group of rows once it has answered the question.
@@ -11,30 +11,32 @@ from pathlib import Path
 from . import tables
 from .records import RESULTS, ROOT, read_machines
 
-DOCUMENT = ROOT / "docs" / "reference" / "measured.md"
-
 #: name of the block: question, table
-BLOCKS: dict[str, tuple[str, tables.Table]] = {
-    "cpu": ("cpu", tables.cpu_table),
-    "shares": ("cpu", tables.shares_table),
-    "loop": ("loop", tables.cpu_table),
-    "generate": ("generate", tables.generate_table),
-    "serve": ("serve", tables.serve_table),
-    "experts": ("experts", tables.experts_table),
-    "launch": ("launch", tables.launch_table),
-    "step": ("ops", tables.step_table),
-    "once": ("ops", tables.once_table),
-    "train_step": ("train_step", tables.train_step_table),
-    "memory": ("memory", tables.memory_table),
+Blocks = dict[str, tuple[str, tables.Table]]
+DOCUMENTS: dict[Path, Blocks] = {
+    ROOT / "docs" / "reference" / "measured.md": {
+        "cpu": ("cpu", tables.cpu_table),
+        "shares": ("cpu", tables.shares_table),
+        "loop": ("loop", tables.cpu_table),
+        "generate": ("generate", tables.generate_table),
+        "experts": ("experts", tables.experts_table),
+        "launch": ("launch", tables.launch_table),
+        "step": ("ops", tables.step_table),
+        "once": ("ops", tables.once_table),
+        "train_step": ("train_step", tables.train_step_table),
+        "memory": ("memory", tables.memory_table),
+    },
+    ROOT / "docs" / "how-to" / "serving.md": {"serve": ("serve", tables.serve_table)},
 }
 
 
-def rewrite_tables(document: str, results: Path = RESULTS) -> str:
-    """Return the document with every block written again. Raises ValueError if it lacks one."""
-    for name, (question, table) in BLOCKS.items():
+def rewrite_tables(path: Path, results: Path = RESULTS) -> str:
+    """Return the text of a document with every block written again. Raises ValueError if it lacks one."""
+    document = path.read_text()
+    for name, (question, table) in DOCUMENTS[path].items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if len(pattern.findall(document)) != 1:
-            raise ValueError(f"{DOCUMENT.name} must hold <!-- {name} --> and <!-- /{name} --> once")
+            raise ValueError(f"{path.name} must hold <!-- {name} --> and <!-- /{name} --> once")
         records = read_machines(results, question)
         text = f"No machine has answered this yet: `make bench WHAT={question}`, then `python -m benchmarks.measured`."
         if records:
@@ -44,10 +46,11 @@ def rewrite_tables(document: str, results: Path = RESULTS) -> str:
 
 
 def main() -> None:
-    """Rewrite the document."""
+    """Rewrite the documents."""
     argparse.ArgumentParser(prog="python -m benchmarks.measured", description=__doc__).parse_args()
-    DOCUMENT.write_text(rewrite_tables(DOCUMENT.read_text()))
-    print(f"written to {DOCUMENT.relative_to(ROOT)}")
+    for path in DOCUMENTS:
+        path.write_text(rewrite_tables(path))
+        print(f"written to {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":
