@@ -11,8 +11,14 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from packaging.requirements import Requirement
 
+import mft_kernels
+from building.requirements import requirements
 from mft.cli.app import app
+from mft.cli.estimate import parse_bytes
+from mft.serving.api.api_keys import ApiKeys
+from mft.serving.key import Key
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples" / "serving"
@@ -64,6 +70,33 @@ def test_the_command_line_takes_what_an_example_starts(file):
     given = SERVE.make_context("mft serve", COMMANDS[file]()).params
     assert given["masks_file"] == Path("/etc/mft/masks.txt")
     assert given["api_keys_file"].name == "api-keys"
+
+
+def test_the_image_has_todays_version_and_pinned_packages():
+    assert pod()["containers"][0]["image"].endswith(f"/mft-serve:{mft_kernels.__version__}")
+    assert re.search(r":[\d.]+-\S+@sha256:[0-9a-f]{64}$", dict(instructions())["FROM"])
+    lines = (EXAMPLES / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for need in map(Requirement, requirements("train", "serve")):
+        assert need.specifier.contains(pinned[need.name.lower().replace("_", "-")]), need
+
+
+def test_a_pods_limit_holds_its_cache_and_its_volumes_claim_what_is_there():
+    given = SERVE.make_context("mft serve", COMMANDS["kubernetes.yaml"]()).params
+    limit = pod()["containers"][0]["resources"]["limits"]["memory"]
+    assert parse_bytes(given["cache"], "--cache") + 2 * 2**30 < parse_bytes(f"{limit}B", "memory")
+    documents = list(yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text()))
+    claims = {each["metadata"]["name"] for each in documents if each["kind"] == "PersistentVolumeClaim"}
+    volumes = pod()["volumes"]
+    assert {each["persistentVolumeClaim"]["claimName"] for each in volumes if "persistentVolumeClaim" in each} == claims
+
+
+def test_the_manifests_keys_are_keys_of_mft_serve(tmp_path):
+    for name, text in manifests()["Secret"]["stringData"].items():
+        (tmp_path / name).write_text(text)
+    keys = ApiKeys(tmp_path / "api-keys", lambda _: None, tmp_path / "admin-keys")
+    assert keys.find("replace-me-too") == Key("bob", frozenset({"python"}))
+    assert keys.find("replace-me-three").is_admin
 
 
 def test_the_manifest_probes_routes_that_there_are():

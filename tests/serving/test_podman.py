@@ -121,17 +121,17 @@ def test_container_answers_reloads_and_stops(site, name):
 def test_manifest_is_played(site, name):
     text = (EXAMPLES / "kubernetes.yaml").read_text()
     for old, new in {
-        "registry.example/mft-serve:0.1.0": IMAGE,
+        "registry.example/mft-serve:0.2.0": IMAGE,
         f"python={INSIDE}/python": f"code={INSIDE}/code",
         f"problems={INSIDE}/problems": f"math={INSIDE}/math",
-        "replace-me": "sk-one",
+        "alice replace-me\n": "alice sk-one-of-alice\n",
         "args:\n": "args:\n" + "".join(f"            - {each}\n" for each in TINY),
         "defaultMode: 0440": "defaultMode: 0444",  # without fsGroup
         # Under names of their own: podman keeps volumes, and takes them away again.
         "name: mft-serve\n": f"name: {name}\n",
         "mft-masks": f"{name}-masks",
         "mft-api-keys": f"{name}-keys",
-        "name: cache": f"name: {name}-cache",
+        "mft-cache": f"{name}-cache",
         "name: tmp": f"name: {name}-tmp",
     }.items():
         assert old in text
@@ -145,8 +145,8 @@ def test_manifest_is_played(site, name):
         podman("volume", "import", f"{name}-masks", tar)
         podman("kube", "play", "--publish=127.0.0.1::8000", site / "manifest.yaml")
         address = f"http://{podman('port', container, '8000').stdout.strip()}"
-        until(lambda: models(address) == ["base", "code", "math"], container)
-        assert answers(address)
+        until(lambda: models(address, "sk-one-of-alice") == ["base", "code", "math"], container)
+        assert answers(address, "sk-one-of-alice")
         podman("exec", container, "sh", "-c", "kill -HUP 1")
         until(lambda: '"reloaded"' in podman("logs", container).stdout, container)
     finally:
