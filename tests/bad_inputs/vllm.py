@@ -51,6 +51,11 @@ a vLLM server with LoRA of its own
 a vLLM server with a task for each request and a compiled model
     serve.read_arguments(["base", "--per-request", "--no-enforce-eager"])
     -> ValueError: --enforce-eager | must be on with masks per request | got '--no-enforce-eager' | leave it out
+keys of a vLLM server with tasks of their own
+    (tmp / "keys").write_text("# bob may call code\nalice sk-1234567 code\n")
+    serve.read_keys(tmp / "keys", None)
+    -> ValueError: --api-keys-file | must hold no tasks, because in vLLM every key may call every task
+        | got tasks in line 2 | remove them, or use mft serve
 more tasks than requests can choose from
     Adapters({str(number): tmp for number in range(17)})
     -> ValueError: tasks | must be 1 to 16 with masks per request | got 17 | start a server for each 16

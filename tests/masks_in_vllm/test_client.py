@@ -145,7 +145,7 @@ def test_a_server_is_asked_over_http():
             self.send_response(200 if known else 400)
             self.end_headers()
             self.wfile.write(b"{}" if known else b'{"error": {"message": "task must be one of the server\'s"}}')
-            asked.append((self.path, body))
+            asked.append((self.path, body, self.headers["Authorization"]))
 
         def log_message(self, *_):
             pass
@@ -155,13 +155,13 @@ def test_a_server_is_asked_over_http():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
         mft.vllm.use(address, "code")
-        change_server(f"{address}/", {"task": "code", "flips": {}})
+        change_server(f"{address}/", {"task": "code", "flips": {}}, "sk-1234567")
         with pytest.raises(ValueError, match="^task must be one of the server's$"):
             mft.vllm.use(address, "cod")
         server.shutdown()
     assert asked[:2] == [
-        ("/v1/mft/use", b'{"task": "code"}'),
-        ("/v1/mft/update", b'{"task": "code", "flips": {}}'),
+        ("/v1/mft/use", b'{"task": "code"}', None),
+        ("/v1/mft/update", b'{"task": "code", "flips": {}}', "Bearer sk-1234567"),
     ]
     with pytest.raises(RuntimeError, match=r"must answer, got .*: is python -m mft.vllm running\?"):
         mft.vllm.use(address, "code")

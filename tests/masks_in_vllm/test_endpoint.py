@@ -12,6 +12,9 @@ import pytest
 pytest.importorskip("starlette")
 
 from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+
+from mft.vllm.serve import read_keys
 
 USE, UPDATE = "/v1/mft/use", "/v1/mft/update"
 
@@ -81,7 +84,7 @@ def ask(engine, body=b'{"task": "code"}', path=USE, headers=(), length=None, **m
         state = SimpleNamespace(openai_serving_models=models)
         await endpoint.init_state(engine, state, Namespace(host="127.0.0.1", mft_tasks={"code": "runs/code"}, **more))
         answer = await call(app, "POST", path, given)
-        tasks = await call(app, "GET", "/v1/mft/tasks", {})
+        tasks = await call(app, "GET", "/v1/mft/tasks", {"authorization": "Bearer sk-1234567"})
         return *answer, tasks[1]["task"], "POST" in read
 
     return asyncio.run(asked())
@@ -176,6 +179,57 @@ def test_a_page_of_another_site_switches_nothing(path, status, words, headers):
 )
 def test_what_the_operator_allows_may_switch(headers, more):
     assert ask(Noted(), headers=headers, **more)[0] == 200
+
+
+@pytest.fixture
+def keys(tmp_path):
+    (tmp_path / "users").write_text("alice sk-1234567\n")
+    (tmp_path / "admins").write_text("root sk-7654321\n")
+    return read_keys(tmp_path / "users", tmp_path / "admins")
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "status", "words"),
+    [
+        (USE, "", 401, "Authorization must be Bearer and one of the server's keys"),
+        (USE, "Bearer sk-2", 401, "got another key"),
+        (USE, "Bearer sk-1234567", 403, "a switch must be asked for with a key of --admin-keys-file, got 'alice'"),
+        (USE, "Bearer sk-7654321", 200, None),
+        (UPDATE, "Bearer sk-1234567", 403, "got 'alice' of --api-keys-file"),
+        ("/invocations", "", 401, "got none"),  # of vLLM, outside of /v1
+    ],
+)
+def test_with_keys_only_admins_switch(keys, caplog, path, sent, status, words):
+    with caplog.at_level("INFO", "uvicorn.error"):
+        got, answer, task, _ = ask(Noted(), path=path, headers={"authorization": sent}, mft_keys=keys)
+    assert (got, task) == (status, None if words else "code")
+    assert words is None or words in answer["error"]["message"]
+    name = {"Bearer sk-1234567": " (alice)", "Bearer sk-7654321": " (root)"}.get(sent, "")
+    assert f"{name} POST {path} {status}" in caplog.text
+
+
+def test_with_keys_health_needs_none_and_no_websocket_passes(keys):
+    async def opened(path, kind):
+        from mft.vllm.endpoint import MaskEndpoint
+
+        realtime = WebSocketRoute("/v1/realtime", lambda socket: socket.accept())
+        endpoint, app, sent = MaskEndpoint(), Starlette(routes=[realtime]), []
+        endpoint.attach_router(app)
+        await endpoint.init_state(Noted(), None, Namespace(mft_tasks={"code": "runs/code"}, mft_keys=keys))
+
+        async def receive():
+            return {"type": "websocket.connect"}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": kind, "method": "GET", "path": path, "headers": [], "query_string": b""}
+        await app(scope, receive, send)
+        return sent[0]
+
+    assert asyncio.run(opened("/health", "http"))["status"] == 404  # of an app without vLLM's routes
+    assert asyncio.run(opened("/v1/models", "http"))["status"] == 401
+    assert asyncio.run(opened("/v1/realtime", "websocket"))["type"] == "websocket.close"
 
 
 def test_a_body_longer_than_it_said_is_refused():

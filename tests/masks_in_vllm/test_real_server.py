@@ -86,7 +86,7 @@ def test_a_killed_engine_is_said_and_the_server_ends(server):
 
 
 @pytest.mark.parametrize(
-    ("base_seed", "words"), [(None, "expected a directory with adapter_config.json"), (5, "expected base sha256:")]
+    ("base_seed", "words"), [(None, "--masks must name a directory, 'code' is"), (5, "expected base sha256:")]
 )
 def test_a_wrong_start_is_one_line_and_exit_code_2(tmp_path, base_seed, words):
     if base_seed is not None:

@@ -12,6 +12,7 @@ from mft.vllm import serve
 def export(tmp_path_factory):
     directory = tmp_path_factory.mktemp("exports") / "code"
     save_scattered(make_llama, directory)
+    directory.with_suffix(".txt").write_text(f"code={directory}\n")
     return directory
 
 
@@ -24,13 +25,16 @@ def test_options_of_vllm_are_handed_on():
 
 def test_tasks_are_directories_of_masks(export):
     assert serve.check_tasks([f"code={export}"]) == {"code": str(export)}
+    found = serve.check_tasks([f"maths={export}"], export.with_suffix(".txt"))
+    assert found == {"maths": str(export), "code": str(export)}
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["base"], "--masks must be given for each task, as name=DIRECTORY, got none"),
-        (["base", "--masks", "code={}/nothing"], "nothing: expected a directory with adapter_config.json"),
+        (["base", "--masks", "code={}/nothing"], "--masks must name a directory, 'code' is"),
+        (["base", "--masks", "code={}", "--masks-file", "{}.txt"], "--masks-file must name no task of --masks"),
         (["base", "--masks", "code={}", "-q", "fp8"], "-q must be left out, because mft sets it for masks in vLLM"),
     ],
 )

@@ -68,19 +68,19 @@ def request_of(llm: Any, task: str | None) -> Any:
     return None if task is None else _ADAPTERS[llm].request(task)
 
 
-def use(llm: Any, task: str | None) -> None:
+def use(llm: Any, task: str | None, *, api_key: str | None = None) -> None:
     """Make llm answer with the masks of this task, or as the base if task is None.
 
-    Args: llm: what load returned, or the address of a server (python -m mft.vllm).
+    Args: llm: what load returned, or the address of a server (python -m mft.vllm). api_key: an admin's, for a server.
     Raises: ValueError for an unknown task, or while llm answers; RuntimeError if the engine is dead.
     """
-    change(llm, {"task": task})
+    change(llm, {"task": task}, api_key)
 
 
-def change(llm: Any, update: dict[str, Any]) -> None:
+def change(llm: Any, update: dict[str, Any], api_key: str | None = None) -> None:
     """Send one update to the engine and empty its prefix cache, so that no answer uses the cache of other weights."""
     if isinstance(llm, str):
-        change_server(llm, update)
+        change_server(llm, update, api_key)
         return
     engine = llm.llm_engine
     if engine.has_unfinished_requests():

@@ -5,6 +5,7 @@ A switch waits until running requests have ended with the old task. Requests tha
 
 import asyncio
 import json
+import logging
 import time
 from argparse import Namespace
 from collections.abc import Coroutine
@@ -13,16 +14,22 @@ from typing import Any, TypeVar
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
 from mft.checks import shown
+from mft.serving.api.api_keys import ApiKeys, check_key
+from mft.serving.api.exchange import Exchange, Exchanges, exchange_of
 from mft.serving.api.hosts import check_host, known_hosts
 from mft.serving.api.incoming import json_bytes
 from mft.serving.refusal import Refused
 from mft.vllm.versions import NAME
 from mft.vllm.worker_errors import DEAD, PER_REQUEST, SECONDS, check_known, unmark_errors
 
+logger = logging.getLogger("uvicorn.error")  # the one that vLLM shows
 Answer = TypeVar("Answer")
+WITHOUT_KEY = ("/health", "/metrics", "/ping", "/version")
 KEYS = {"use": {"task"}, "update": {"task", "flips"}}
 # An update has at most 1 bit per weight, in base64: 1 GiB is enough for 6.4 billion weights with any mask.
 MOST_BYTES = {"use": 1 << 14, "update": 1 << 30}
@@ -42,8 +49,11 @@ class MaskEndpoint:
         self._hosts: frozenset[str] | None = frozenset()
         self._origins: list[str] = []
         self._switching = asyncio.Lock()
+        self._app: Any = None
+        self._keys: ApiKeys | None = None
 
     def attach_router(self, app: Starlette) -> None:
+        self._app = app
         app.add_route("/v1/mft/tasks", self.tasks, methods=["GET"])
         app.add_route("/v1/mft/use", self.use, methods=["POST"])
         app.add_route("/v1/mft/update", self.update, methods=["POST"])
@@ -54,6 +64,9 @@ class MaskEndpoint:
         self._hosts, self._origins = known_hosts(host, host, ()), getattr(args, "allowed_origins", [])
         if not tasks:  # a server that was not started by mft.vllm.serve
             return
+        self._keys = getattr(args, "mft_keys", None)
+        if self._keys is not None:
+            self._app.add_middleware(_Guard, record=_log, checks=[self._check_key])
         info = {"tasks": tasks, "force": getattr(args, "mft_force", False)}
         self._per_request = getattr(args, "mft_per_request", False)
         if self._per_request:
@@ -77,6 +90,7 @@ class MaskEndpoint:
     async def _answer(self, request: Request, route: str) -> JSONResponse:
         try:
             self._check_sender(request)
+            self._check_admin(request)
             body = await json_bytes(request, MOST_BYTES[route])
             if self._per_request:  # not before: a client that is still sending would not read a refusal
                 raise ValueError(PER_REQUEST)
@@ -100,6 +114,19 @@ class MaskEndpoint:
         if origin is not None and origin not in self._origins:
             raise Refused(
                 f"Origin must be one that --allowed-origins names, or left out by a program, got {shown(origin)}",
+                status=403,
+            )
+
+    def _check_key(self, scope: Scope) -> None:
+        """Refuse a request without a valid key, on routes of vLLM that its --api-key leaves open too."""
+        if scope["method"] != "OPTIONS" and scope["path"] not in WITHOUT_KEY:
+            check_key({**scope, "path": "/v1"}, self._keys)  # which looks at the keys below /v1
+
+    def _check_admin(self, request: Request) -> None:
+        if self._keys is not None and not (key := exchange_of(request.scope).key).is_admin:
+            raise Refused(
+                f"a switch must be asked for with a key of --admin-keys-file, got {key.name!r} of --api-keys-file: "
+                "send an admin's key; if there is none, start the server with --admin-keys-file FILE",
                 status=403,
             )
 
@@ -132,6 +159,17 @@ class MaskEndpoint:
             finally:
                 await self._engine.resume_generation()
         return round(paused - begin, 4), round(time.perf_counter() - paused, 4)
+
+
+class _Guard(Exchanges):
+    """Exchanges that let no websocket pass, whose key nothing here checks."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await (WebSocketClose() if scope["type"] == "websocket" else super().__call__)(scope, receive, send)
+
+
+def _log(exchange: Exchange, status: int) -> None:
+    logger.info("%s%s %s %s %d", exchange.id, exchange.key.mark, exchange.method, exchange.path, status)
 
 
 def _read(body: bytes, route: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 _SECONDS = 600  # timeout of a request: a switch waits for the running answers
 
 
-def change_server(address: str, update: dict[str, Any]) -> None:
+def change_server(address: str, update: dict[str, Any], api_key: str | None = None) -> None:
     """Send a switch, or a step of flips, to a server's address, such as http://127.0.0.1:8000.
 
     Raises: ValueError if the server refuses it; RuntimeError if it fails.
@@ -18,7 +18,7 @@ def change_server(address: str, update: dict[str, Any]) -> None:
         raise ValueError(f"llm must be an LLM, or a server's address such as http://127.0.0.1:8000, got {address!r}")
     address = address.rstrip("/")
     route = "use" if update.get("flips") is None else "update"
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
     request = urllib.request.Request(f"{address}/v1/mft/{route}", json.dumps(update).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=_SECONDS) as answer:

@@ -1,20 +1,28 @@
 """python -m mft.vllm: vLLM's own OpenAI server for one base, with the masks of many tasks and the routes /v1/mft."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from mft.checks import check_rule
 from mft.escaping import escaped
 from mft.masks.export_format import read_export
 from mft.masks.location import masks_directory
+from mft.serving.api.api_keys import ApiKeys
+from mft.serving.task_list import parse_masks, read_listed, read_masks_file
 from mft.vllm.empty_loras import EAGER, Adapters
 from mft.vllm.token_masks import warn_without_kernels
 from mft.vllm.versions import NAME, PER_REQUEST_BACKEND, check_vllm
 from mft.vllm.worker_errors import sentence_of
 
-USAGE = "python -m mft.vllm BASE --masks NAME=DIR [--masks NAME=DIR ...] [--force] [--per-request] [options of vLLM]"
+USAGE = (
+    "python -m mft.vllm BASE --masks NAME=DIR [--masks NAME=DIR ...] [--masks-file FILE] [--force] [--per-request]\n"
+    "    [--api-keys-file FILE] [--admin-keys-file FILE] [options of vLLM]"
+)
 _OURS = ("--quantization", "-q", "--weight-transfer-config")
 
 
@@ -23,10 +31,10 @@ def main(arguments: Sequence[str]) -> None:
     try:
         ours, rest = read_arguments(arguments)
         check_vllm()
-        tasks = check_tasks(ours.masks)
+        keys, tasks = read_keys(ours.api_keys_file, ours.admin_keys_file), check_tasks(ours.masks, ours.masks_file)
         if ours.per_request:
             warn_without_kernels()
-        _serve(tasks, ours.force, Adapters(tasks) if ours.per_request else None, rest)
+        _serve(tasks, ours.force, keys, Adapters(tasks) if ours.per_request else None, rest)
     except (OSError, RuntimeError, ValueError) as error:
         print(escaped(f"error: {sentence_of(error) or error}"), file=sys.stderr)
         sys.exit(2)
@@ -38,6 +46,9 @@ def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[s
     parser.add_argument(
         "--masks", action="append", default=[], help="a task: an output_dir of mft train, or its masks/"
     )
+    parser.add_argument("--masks-file", type=Path, help="more tasks, one name=DIR per line")
+    parser.add_argument("--api-keys-file", type=Path, help="keys of clients, as lines KEY or NAME KEY")
+    parser.add_argument("--admin-keys-file", type=Path, help="keys that may also switch the task")
     parser.add_argument("--force", action="store_true", help="use masks that were learned on another base")
     parser.add_argument(
         "--per-request", action="store_true", help="experimental: each request names its task as its model"
@@ -52,24 +63,39 @@ def read_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[s
     return ours, rest
 
 
-def check_tasks(given: Sequence[str]) -> dict[str, str]:
-    """Return {task: directory} from the --masks arguments, checked before vLLM spends seconds on loading the base."""
+def check_tasks(given: Sequence[str], file: Path | None = None) -> dict[str, str]:
+    """Return {task: directory} from both options, checked before vLLM spends seconds on loading the base."""
+    listed = {} if file is None else read_masks_file(file)
+    places = parse_masks(given) if given or not listed else {}
+    twice = next((task for task in listed if task in places), None)
+    check_rule(twice is None, "--masks-file", "name no task of --masks", repr(twice))
     tasks: dict[str, str] = {}
-    for each in given:
-        task, equals, place = each.partition("=")
-        if not (task and equals and place):
-            raise ValueError(f"--masks must be name=DIRECTORY, got {each!r}")
-        if task in tasks:
-            raise ValueError(f"--masks must name each task once, got {task!r} twice")
-        directory = masks_directory(os.path.expanduser(place))
+    for task, place in (places | listed).items():
+        directory = masks_directory(place)
         read_export(directory)
         tasks[task] = str(directory.resolve())
-    if not tasks:
-        raise ValueError("--masks must be given for each task, as name=DIRECTORY, got none")
     return tasks
 
 
-def _serve(tasks: dict[str, str], force: bool, adapters: Adapters | None, rest: list[str]) -> None:
+def read_keys(users: Path | None, admins: Path | None) -> ApiKeys | None:
+    """Return the keys of --api-keys-file and --admin-keys-file, None without either. Raises: ValueError for tasks."""
+    if users is None and admins is None:
+        return None
+    keys = ApiKeys(users, logging.getLogger(__name__).warning, admins)
+    lines = [] if users is None else read_listed("--api-keys-file", "a key", users).splitlines()
+    for number, line in enumerate(lines, 1):
+        check_rule(
+            len(line.split()) < 3 or line.strip().startswith(b"#"),
+            "--api-keys-file",
+            "hold no tasks, because in vLLM every key may call every task",
+            f"tasks in line {number} of {users}: remove them, or use mft serve",
+        )
+    return keys
+
+
+def _serve(
+    tasks: dict[str, str], force: bool, keys: ApiKeys | None, adapters: Adapters | None, rest: list[str]
+) -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     os.environ["VLLM_PLUGINS"] = f"{allowed},{NAME}" if allowed else NAME
     import uvloop
@@ -89,7 +115,9 @@ def _serve(tasks: dict[str, str], force: bool, adapters: Adapters | None, rest: 
         raise ValueError(
             f"--api-server-count must be 1, because a single process switches masks, got {args.api_server_count}"
         )
-    args.mft_tasks, args.mft_force, args.mft_per_request = tasks, force, adapters is not None
+    if keys is not None and (args.api_key or os.environ.get("VLLM_API_KEY")):
+        raise ValueError("--api-key must be left out with files of keys, got both: write that key into a file")
+    args.mft_tasks, args.mft_force, args.mft_per_request, args.mft_keys = tasks, force, adapters is not None, keys
     if adapters:
         _choose_by_model(args, adapters)
     validate_parsed_serve_args(args)

@@ -20,12 +20,13 @@ class MaskStream:
         llm: what mft.vllm.load returned, or a server's address. It serves the base that model is trained on.
         task: a name that llm does not know yet.
         model: of mft.mask_model, or a PeftModel whose active adapter is a mask. Its masked layers are plain matrices.
+        api_key: an admin's, for a server.
     Raises: ValueError if nothing is masked, or if other parameters than scores are trained.
     """
 
-    def __init__(self, llm: Any, task: str, model: nn.Module) -> None:
+    def __init__(self, llm: Any, task: str, model: nn.Module, *, api_key: str | None = None) -> None:
         self.llm, self.task, self.model = llm, task, model
-        self.step = 0
+        self.step, self._api_key = 0, api_key
         self._sent: dict[str, Tensor] = {}
         check_masks_alone(model)
 
@@ -49,10 +50,11 @@ class MaskStream:
             dtypes={name: dtype_name(weight) for name, weight in weights.items()} if first else {},
             base_hash=_hash(self.model, weights) if first else None,
         )
-        change(self.llm, {"task": self.task, "flips": flips.message(text=isinstance(self.llm, str))})
+        flipped = flips.message(text=isinstance(self.llm, str))
+        change(self.llm, {"task": self.task, "flips": flipped}, self._api_key)
         self.step, self._sent = self.step + 1, masks
         if first:
-            change(self.llm, {"task": self.task})
+            change(self.llm, {"task": self.task}, self._api_key)
         nbytes = sum(weight.nbytes for weight in weights.values())
         print(
             f"{self.task}, step {flips.step}: {flips.nbytes:,d} bytes for {len(flips.streams)} of {len(weights)} "
