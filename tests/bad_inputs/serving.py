@@ -59,7 +59,7 @@ masks to serve in a misspelt directory
 serving without its packages
     patch.setattr(serve, "find_spec", lambda name: None)
     serve.run_serve([f"code={tmp}"], None, None, masks_file=None, load_from=None)
-    -> RuntimeError: mft serve | needs openai | openai, prometheus_client, starlette, uvicorn, not installed here
+    -> RuntimeError: mft serve | needs prometheus_client | pydantic, starlette, uvicorn, not installed here
         | pip install --no-build-isolation -e '.[serve]' in the clone
 a task with a space in its name
     parse_masks([f"my task={tmp}"])

@@ -63,7 +63,7 @@ def serve(exports, words):
     """Yield serve(rows=..., ...), which returns what runs: client, bank, scheduler, server, log lines, address."""
     import openai
 
-    from mft.serving.api.service import Access, Service
+    from mft.serving.api.service import Service
     from mft.serving.log import Log
     from mft.serving.port import bind
     from mft.serving.server import Server
@@ -80,9 +80,8 @@ def serve(exports, words):
         batch.check_rows_apart()
         scheduler = Scheduler(batch, rows=rows, waiting=waiting, timeout=timeout)
         lines, events = [], []
-        access = Access(**{key: options.pop(key) for key in ("hosts", "keys", "load_from") if key in options})
         log, tasks = Log(Recorded(events), "info", lines.append), Tasks(bank, scheduler, "tiny")
-        service = Service(tasks, tokenizer, scheduler, length=length, log=log, access=access, **options)
+        service = Service(tasks, tokenizer, scheduler, length=length, log=log, **options)
         bound = bind("127.0.0.1", 0)
         ready = threading.Event()
         server = Server(service.app, scheduler, grace=grace, connections=connections, ready=ready.set)

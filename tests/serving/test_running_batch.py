@@ -88,16 +88,17 @@ def test_rows_of_a_mixture_take_the_masks_of_their_tasks(tmp_path):
 
 def test_keys_and_values_stay_within_the_cache_and_the_newest_row_gives_way():
     model = make_llama(initializer_range=0.3).eval()
-    most = 4 * LEAST * RunningBatch(MaskBank(copy.deepcopy(model)), CACHE).token_bytes  # places for four short rows
+    token = RunningBatch(MaskBank(copy.deepcopy(model)), CACHE).slabs.token_bytes
+    most = 4 * LEAST * token  # places for four short rows
     batch = RunningBatch(MaskBank(model), most)
-    assert batch.longest == 4 * LEAST
+    assert batch.slabs.longest == 4 * LEAST
     rows = [Row(None, [3 + place] * (LEAST - 3)) for place in range(5)]
     assert [batch.join(row) for row in rows] == [True] * 4 + [False]
     gone = []
     for _ in range(8):
         gone += batch.make_room()
         advance(batch)
-        assert batch.cache_bytes <= most
+        assert batch.slabs.bytes <= most
     assert [rows.index(row) for row in gone] == [3, 2, 1]  # each of the others now takes twice the place
     assert (gone[0].read, gone[0].slab) == (0, None)
     assert rows[0].tokens[LEAST - 3 :] == alone(model, rows[0].tokens[: LEAST - 3], 8)

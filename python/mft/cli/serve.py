@@ -7,7 +7,7 @@ from typing import Any
 from mft.checks import install_command
 from mft.serving.task_list import parse_masks
 
-_NEEDED = ("openai", "prometheus_client", "starlette", "uvicorn")
+_NEEDED = ("prometheus_client", "pydantic", "starlette", "uvicorn")
 
 
 def run_serve(masks: Sequence[str], model_name: str | None, dtype: str | None, **options: Any) -> None:

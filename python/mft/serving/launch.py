@@ -1,6 +1,5 @@
 """Do mft serve: bind a port, load the base with its tasks' masks, start a thread that runs it, serve HTTP."""
 
-import dataclasses
 import functools
 import logging
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from mft.masks.location import masks_directory
 from mft.models.next_tokens import longest_row
 from mft.serving.api.api_keys import ApiKeys
 from mft.serving.api.hosts import is_loopback, known_hosts
-from mft.serving.api.service import Access, Service
+from mft.serving.api.service import Service
 from mft.serving.batch.running_batch import RunningBatch
 from mft.serving.batch.scheduler import Scheduler
 from mft.serving.log import Log, new_log
@@ -84,7 +83,7 @@ def _serve(
     masks: Mapping[str, str | Path], given: tuple[str | None, str | None], options: Options, log: Log, reload: Reload
 ) -> None:
     """Serve masks on the base of the given name and dtype."""
-    access, masks_file = _access(options, log), None
+    keys, masks_file = _keys(options, log), None
     if options.masks_file is not None:
         masks_file = MasksFile(options.masks_file)
         twice = next((task for task in masks_file.loaded if task in masks), None)
@@ -97,13 +96,13 @@ def _serve(
     with bind(options.host, options.port) as bound:
         log.tell("loading", words)
         batch, tokenizer = in_passing_thread(lambda: _load(config, directories, options))
-        most = row_length(options.length, batch.bank.model.config, config.name, batch.longest)
-        rows = options.rows or max(1, min(_ROWS, batch.longest // _USUAL))
-        log.tell("cache", f"keys and values of {batch.longest} tokens in memory, for up to {rows} rows of {most}")
+        most = row_length(options.length, batch.bank.model.config, config.name, batch.slabs.longest)
+        rows = options.rows or max(1, min(_ROWS, batch.slabs.longest // _USUAL))
+        log.tell("cache", f"keys and values of {batch.slabs.longest} tokens in memory, for up to {rows} rows of {most}")
         scheduler = Scheduler(batch, rows=rows, waiting=options.waiting, timeout=options.timeout)
         tasks = Tasks(batch.bank, scheduler, base, force=options.force)
         hosts = known_hosts(bound.getsockname()[0], options.host, options.allow_host)
-        if access.keys is None and not is_loopback(bound.getsockname()[0]):
+        if keys is None and not is_loopback(bound.getsockname()[0]):
             words = (
                 f"--host {options.host} lets everyone who reaches it send requests, got no --api-keys-file: give one"
             )
@@ -115,13 +114,15 @@ def _serve(
             length=most,
             max_tokens=options.max_tokens,
             log=log,
-            access=dataclasses.replace(access, hosts=hosts),
+            hosts=hosts,
+            keys=keys,
+            load_from=options.load_from,
         )
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{host}:{bound.getsockname()[1]}"
 
         def ready() -> None:
-            reload.begin(tasks, access.keys, masks_file)
+            reload.begin(tasks, keys, masks_file)
             log.tell("ready", f"serving {', '.join(tasks.names)} on {address}/v1", address=address)
 
         server = Server(
@@ -146,8 +147,8 @@ def _load(config: ModelConfig, directories: Mapping[str, Path], options: Options
     return batch, tokenizer
 
 
-def _access(options: Options, log: Log) -> Access:
-    """Return the access that the options allow, without hosts, which depend on the bound address."""
+def _keys(options: Options, log: Log) -> ApiKeys | None:
+    """Return the keys that the options name, None without any. Warn if clients may load masks and should not."""
     warn = functools.partial(log.tell, "warning", level=logging.WARNING)
     root = options.load_from
     if root is not None:
@@ -158,7 +159,7 @@ def _access(options: Options, log: Log) -> Access:
         warn(f"--load-from lets every client load and unload masks, got {root} without --api-keys-file: give one")
     elif root is not None and admins is None:
         warn(f"--load-from lets only keys of --admin-keys-file load and unload masks, got {root} without it: give one")
-    return Access(keys=keys, load_from=root)
+    return keys
 
 
 def _public_name(base: str) -> str:

@@ -4,12 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from openai.types import CompletionUsage
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from mft.serving.api.answer import END, TextAnswer, refusal_event
+from mft.serving.api.answer import END, TextAnswer, event
 from mft.serving.batch.generation import Generation, Piece
 from mft.serving.batch.scheduler import Scheduler
 from mft.serving.refusal import Refused
@@ -32,12 +31,9 @@ class Pieces:
         self._generations, self._queue, self._scheduler, self._tell = generations, queue, scheduler, tell
         self._endings = [(499, "cancelled")] * len(generations)  # by the client, until a generation ends
 
-    def __len__(self) -> int:
-        return len(self._generations)
-
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
         """Yield (index, piece); the last piece of each index has a finish. Raises: Refused instead of the rest."""
-        left = len(self)
+        left = len(self._generations)
         while left:
             index, piece = await self._queue.get()
             if piece.refused is not None:
@@ -47,11 +43,11 @@ class Pieces:
                 self._endings[index], left = (200, piece.finish), left - 1
             yield index, piece
 
-    def usage(self, n: int) -> CompletionUsage:
+    def usage(self, n: int) -> dict[str, int]:
         """Return the tokens of all, with the prompt of each n generations counted once."""
         prompt = sum(len(each.prompt) for each in self._generations[::n])
         made = sum(each.tokens for each in self._generations)
-        return CompletionUsage(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
+        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
 
     def leave(self) -> None:
         for generation, ending in zip(self._generations, self._endings, strict=True):
@@ -78,10 +74,9 @@ async def events(answer: TextAnswer, pieces: Pieces, n: int, *, with_usage: bool
         yield text
     try:
         async for index, piece in pieces:
-            for text in answer.piece(index, piece):
-                yield text
+            yield answer.piece(index, piece)
     except Refused as refused:
-        yield refusal_event(refused)
+        yield event(refused.body())
         return
     if with_usage:
         yield answer.usage(pieces.usage(n))
@@ -89,16 +84,10 @@ async def events(answer: TextAnswer, pieces: Pieces, n: int, *, with_usage: bool
 
 
 async def whole(answer: TextAnswer, pieces: Pieces, n: int) -> Response:
-    made: list[list[Piece]] = [[] for _ in range(len(pieces))]
-    async for index, piece in pieces:
-        made[index].append(piece)
+    made = {index: piece async for index, piece in pieces}  # whole ones: see AnswerText
+    in_order = [made[index] for index in sorted(made)]
     # Beside the event loop: the log-probabilities of a long prompt take a second.
-    return await asyncio.to_thread(lambda: JSONResponse(answer.whole([*map(joined, made)], pieces.usage(n))))
-
-
-def joined(pieces: Sequence[Piece]) -> Piece:
-    logprobs = [each for piece in pieces for each in piece.logprobs]
-    return Piece("".join(piece.text for piece in pieces), pieces[-1].finish, logprobs=logprobs)
+    return await asyncio.to_thread(lambda: JSONResponse(answer.whole(in_order, pieces.usage(n))))
 
 
 async def unless_client_leaves(request: Request, pieces: Pieces, answer: Any) -> Response:

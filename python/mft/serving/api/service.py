@@ -2,14 +2,13 @@
 
 import asyncio
 import copy
-import functools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from openai.types import Model
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -44,31 +43,11 @@ READ_AT_ONCE = 2  # bodies that are parsed and tokenised at once: two, so that a
 Read = TypeVar("Read")
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A request after reading. task: the one whose masks it takes."""
-
-    body: Body
-    task: str | None
-    prompts: list[Prompt]
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may send requests, and what they may do.
-
-    hosts: see hosts.known_hosts. keys: None if no key is needed. load_from: None if clients may not load masks.
-    """
-
-    hosts: frozenset[str] | None = None
-    keys: ApiKeys | None = None
-    load_from: Path | None = None
-
-
 class Service:
     """Serves the base and the bank's tasks, each as a model by its name.
 
-    length: most tokens of prompt and answer together. max_tokens: see Prompts.
+    length: most tokens of prompt and answer together. max_tokens: see Prompts. hosts: see hosts.known_hosts.
+    keys: None if no key is needed. load_from: None if clients may not load masks.
     """
 
     def __init__(
@@ -80,12 +59,15 @@ class Service:
         length: int,
         max_tokens: int | None = None,
         log: Log,
-        access: Access | None = None,
+        hosts: frozenset[str] | None = None,
+        keys: ApiKeys | None = None,
+        load_from: Path | None = None,
     ) -> None:
-        access = access or Access()
         self._tasks, self._scheduler, self._metrics = tasks, scheduler, Metrics(tasks, scheduler)
         self._journal = Journal(log, self._metrics)
         scheduler.on_step, tasks.on_unload = self._metrics.count_rows, self._metrics.forget
+        scheduler.on_turn = self._deliver
+        self._taken: list[tuple[asyncio.Queue[tuple[int, Piece]], tuple[int, Piece]]] = []
         self._prompts = Prompts(tokenizer, length, max_tokens)
         self._most_bytes, self._reading = most_bytes(length), asyncio.Semaphore(READ_AT_ONCE)
         self._reading_schema = asyncio.Semaphore(1)
@@ -94,13 +76,13 @@ class Service:
         self._ends = _ends(tasks.bank.model, tokenizer)
         self._grammars = JsonGrammars(self._tokenizer, self._ends)
         self._started = int(time.time())
-        adapters = Adapters(tasks, access.load_from, log)
+        adapters = Adapters(tasks, load_from, log)
         app = Starlette(
             routes=[
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._model),
-                Route("/v1/completions", self._completions, methods=["POST"]),
-                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/completions", partial(self._answer, CompletionBody, TextAnswer), methods=["POST"]),
+                Route("/v1/chat/completions", partial(self._answer, ChatBody, ChatAnswer), methods=["POST"]),
                 Route("/v1/load_lora_adapter", adapters.load, methods=["POST"]),
                 Route("/v1/unload_lora_adapter", adapters.unload, methods=["POST"]),
                 Route("/tokenize", self._tokenize, methods=["POST"]),
@@ -114,8 +96,8 @@ class Service:
         )
         checks = (
             check_length,
-            functools.partial(check_host, hosts=access.hosts, other=", or one that --allow-host names"),
-            functools.partial(check_key, keys=access.keys),
+            partial(check_host, hosts=hosts, other=", or one that --allow-host names"),
+            partial(check_key, keys=keys),
             check_room,
         )
         self.app = Exchanges(app, self._journal.record_response, checks)
@@ -146,17 +128,11 @@ class Service:
         self._tasks.find(name, key=exchange_of(request.scope).key)
         return JSONResponse(self._card(name))
 
-    async def _completions(self, request: Request) -> Response:
-        return await self._answer(request, CompletionBody, TextAnswer)
-
-    async def _chat(self, request: Request) -> Response:
-        return await self._answer(request, ChatBody, ChatAnswer)
-
     async def _version(self, _: Request) -> Response:
         return JSONResponse({"version": __version__})
 
     async def _tokenize(self, request: Request) -> Response:
-        read = functools.partial(self._read_tokens, key=exchange_of(request.scope).key)
+        read = partial(self._read_tokens, key=exchange_of(request.scope).key)
         tokens = await self._read_beside(request, read)
         return JSONResponse({"count": len(tokens), "max_model_len": self._prompts.length, "tokens": tokens})
 
@@ -172,24 +148,23 @@ class Service:
         async with self._reading:
             return await asyncio.to_thread(read, data)
 
-    async def _answer(self, request: Request, kind: type[Body], form: type[TextAnswer]) -> Response:
+    async def _answer(self, kind: type[Body], form: type[TextAnswer], request: Request) -> Response:
         exchange = exchange_of(request.scope)
-        asked = await self._read_beside(request, functools.partial(self._read, kind, key=exchange.key))
-        body = asked.body
-        echoes = [prompt.echo or "" for prompt in asked.prompts for _ in range(body.n)]
+        body, task, prompts = await self._read_beside(request, partial(self._read, kind, key=exchange.key))
+        echoes = [prompt.echo or "" for prompt in prompts for _ in range(body.n)]
         answer = form(body.model, exchange.id, self._texts, echoes)
         grammar = None
         if body.schema_to_follow is not None:
             async with self._reading_schema:  # one takes seconds at most, and bodies without one do not wait
                 grammar = await asyncio.to_thread(self._grammars.read, body.schema_to_follow)
-        tell = functools.partial(self._journal.record_answer, exchange, answer.id, body.model)
-        pieces = self._begin(asked, grammar, exchange.key.name, tell)
+        tell = partial(self._journal.record_answer, exchange, answer.id, body.model)
+        pieces = self._begin(body, task, prompts, grammar, exchange.key.name, tell)
         if body.stream:
             return Stream(pieces, events(answer, pieces, body.n, with_usage=body.stream_options.include_usage))
         return await unless_client_leaves(request, pieces, whole(answer, pieces, body.n))
 
-    def _read(self, kind: type[Body], data: bytes, key: Key) -> "_Asked":
-        """Read a request's body. Raises: Refused."""
+    def _read(self, kind: type[Body], data: bytes, key: Key) -> tuple[Body, str | None, list[Prompt]]:
+        """Return (a request's body, the task whose masks it takes, its prompts). Raises: Refused."""
         body = read_body(kind, data)
         task, most = self._tasks.find(body.model, key=key), self._scheduler.most
         asked = body.prompts * body.n
@@ -197,29 +172,36 @@ class Service:
             param = "prompt" if body.n == 1 else "n"
             got = f"{asked} ({body.prompts} times {body.n})"
             raise Refused(f"{param} must ask for at most {most} answers (--rows and --waiting), got {got}", param=param)
-        return _Asked(body, task, self._prompts.read(body))
+        return body, task, self._prompts.read(body)
 
     def _begin(
-        self, asked: "_Asked", grammar: JsonGrammar | None, key: str, tell: Callable[[Generation, int, str], None]
+        self,
+        body: Body,
+        task: str | None,
+        prompts: Sequence[Prompt],
+        grammar: JsonGrammar | None,
+        key: str,
+        tell: Callable[[Generation, int, str], None],
     ) -> Pieces:
-        loop, queue, body = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Piece]](), asked.body
+        queue, self._loop = asyncio.Queue[tuple[int, Piece]](), asyncio.get_running_loop()
         options = SamplingOptions(**{field.name: getattr(body, field.name) for field in fields(SamplingOptions)})
 
         def take(index: int, piece: Piece) -> None:
-            loop.call_soon_threadsafe(queue.put_nowait, (index, piece))
+            self._taken.append((queue, (index, piece)))
 
         generations: list[Generation] = []
-        for prompt in asked.prompts:
+        for prompt in prompts:
+            echo = ("", ()) if prompt.echo is None else (prompt.echo, prompt.tokens)
             for choice in range(body.n):  # with seeds of their own, so that they differ
                 own = options if options.seed is None else replace(options, seed=options.seed + choice)
                 generation = Generation(
-                    asked.task,
+                    task,
                     prompt.tokens,
                     prompt.most,
                     Sampling(prompt.tokens, own, grammar and grammar.copy()),
-                    self._text(body, prompt),
+                    AnswerText(self._tokenizer, body.stop, *echo, at_once=not body.stream),
                     self._ends,
-                    functools.partial(take, len(generations)),
+                    partial(take, len(generations)),
                     logprobs=body.likeliest,
                     reads_prompt=prompt.echo is not None and body.likeliest is not None,
                 )
@@ -228,13 +210,19 @@ class Service:
         self._scheduler.submit(generations)
         return Pieces(generations, queue, self._scheduler, tell)
 
-    def _text(self, body: Body, prompt: Prompt) -> AnswerText:
-        if prompt.echo is None:
-            return AnswerText(self._tokenizer, body.stop)
-        return AnswerText(self._tokenizer, body.stop, prompt.echo, prompt.tokens)
+    def _deliver(self) -> None:
+        """Give the event loop all pieces of a turn. It wakes once, as each wake takes time from the model's thread."""
+        taken, self._taken = self._taken, []
+
+        def put() -> None:
+            for queue, piece in taken:
+                queue.put_nowait(piece)
+
+        if taken:
+            self._loop.call_soon_threadsafe(put)
 
     def _card(self, name: str) -> dict[str, Any]:
-        return Model(id=name, object="model", created=self._started, owned_by="mft").model_dump()
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "mft"}
 
 
 async def _refusal(request: Request, refused: Exception) -> Response:

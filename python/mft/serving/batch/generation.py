@@ -72,11 +72,6 @@ class Generation:
         """The number of tokens so far."""
         return len(self.chosen)
 
-    @property
-    def last(self) -> int:
-        """The latest token."""
-        return self.chosen[-1]
-
     def see_prompt(self, start: int, logits: Tensor) -> None:
         """Take logits (n, V) at the prompt's positions from start on. A prompt that is read again changes nothing."""
         with self.isolating_errors():

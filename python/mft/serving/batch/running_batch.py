@@ -19,7 +19,7 @@ from mft.models.causal_lm import head_of
 from mft.models.key_value_cache import other_cache_layers
 from mft.models.longrope import by_own_length, switch_length
 from mft.serving.batch.ragged import OWN, RaggedAttention, Reading
-from mft.serving.batch.slabs import Row, Shape, Slabs
+from mft.serving.batch.slabs import Layers, Row, Slabs
 
 PIECE = 256  # tokens of prompts in one call
 _ROUNDING = 0.05  # of the largest logit: room for sums in another order
@@ -38,33 +38,14 @@ class RunningBatch:
         self.bank, self._model = bank, model
         check_readable(model)
         self._attention, self._switch = RaggedAttention(model), switch_length(model)
-        self._shapes = _shapes(bank)
-        self._slabs = Slabs(self._shapes, cache)
-        if not self._slabs.longest:
-            raise ValueError(f"--cache must hold a token of {self._slabs.token_bytes} bytes, got {cache}: give more")
+        self.slabs = Slabs(_read_token(bank), cache)
+        if not self.slabs.longest:
+            raise ValueError(f"--cache must hold a token of {self.slabs.token_bytes} bytes, got {cache}: give more")
         self.rows: list[Row] = []  # the oldest first
-
-    @property
-    def longest(self) -> int:
-        """The most tokens of a row: what the cache holds."""
-        return self._slabs.longest
-
-    @property
-    def token_bytes(self) -> int:
-        return self._slabs.token_bytes
-
-    @property
-    def cache_bytes(self) -> int:
-        """The bytes of the slabs that are in use."""
-        return self._slabs.bytes
-
-    def knows(self, task: str | None) -> bool:
-        """Return whether rows may take this task's masks."""
-        return task is None or task in self.bank.tasks
 
     def join(self, row: Row) -> bool:
         """Add a row with its tokens so far, unread. Returns: whether there is memory for it, and a token more."""
-        has_room = self._slabs.put(row, min(len(row.tokens) + 1, self.longest))
+        has_room = self.slabs.put(row, min(len(row.tokens) + 1, self.slabs.longest))
         if has_room:
             self.rows.append(row)
         return has_room
@@ -72,7 +53,7 @@ class RunningBatch:
     def leave(self, row: Row) -> None:
         """Remove a row, which may join again."""
         self.rows.remove(row)
-        self._slabs.remove(row)
+        self.slabs.remove(row)
         row.read = 0
 
     def make_room(self) -> list[Row]:
@@ -80,7 +61,7 @@ class RunningBatch:
         gone = []
         for row in [*self.rows]:
             while row.slab is not None and len(row.tokens) > row.slab.capacity:
-                if not self._slabs.put(row, len(row.tokens)):
+                if not self.slabs.put(row, len(row.tokens)):
                     gone.append(self.rows[-1])
                     self.leave(gone[-1])
         return gone
@@ -174,13 +155,13 @@ def check_readable(model: Any) -> None:
         )
 
 
-def _shapes(bank: MaskBank) -> dict[int, Shape]:
-    """Return what each layer stores of a token, by its number."""
+def _read_token(bank: MaskBank) -> Layers:
+    """Return what the layers store of a token."""
     cache: Any = DynamicCache()
     model: Any = bank.model
     with torch.no_grad(), bank.use(None):
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), cache=cache, use_cache=True)
-    return {n: Shape.of(each.keys, each.values) for n, each in enumerate(cache.layers) if each.get_seq_length()}
+    return {n: (each.keys, each.values) for n, each in enumerate(cache.layers) if each.get_seq_length()}
 
 
 def _pieces(rows: Sequence[Row]) -> list[tuple[Row, int]]:

@@ -26,6 +26,7 @@ class Scheduler:
         self._batch, self._rows, self._most_waiting, self._timeout = batch, rows, waiting, timeout
         self.on_end: Callable[[], None] = lambda: None  # called when the thread ends
         self.on_step: Callable[[int], None] = lambda rows: None  # called on the thread with each step's number of rows
+        self.on_turn: Callable[[], None] = lambda: None  # called on the thread when generations may have made pieces
         self._waiting = FairQueue()
         self._running: dict[Row, Generation] = {}  # the oldest first
         self._retiring: dict[str, Callable[[], None]] = {}
@@ -45,7 +46,7 @@ class Scheduler:
     @property
     def cache_bytes(self) -> int:
         """The bytes of the batch's keys and values."""
-        return self._batch.cache_bytes
+        return self._batch.slabs.bytes
 
     @property
     def most(self) -> int:
@@ -65,7 +66,7 @@ class Scheduler:
             free = self._rows - len(self._running) + share  # those that wait for a free row take no share
             if waiting + len(generations) > free:
                 raise self._too_many(share, len(generations))
-            if first.task in self._retiring or not self._batch.knows(first.task):  # since it was read
+            if first.task in self._retiring or first.task not in (None, *self._batch.bank.tasks):  # since it was read
                 raise Refused(
                     f"model must be loaded, got {first.task!r}, which has just been unloaded: ask for another",
                     status=404,
@@ -127,12 +128,13 @@ class Scheduler:
         is_done = False
         try:
             while self._work():
-                pass
+                self.on_turn()
             is_done = True
         finally:  # threading prints what was raised
             self.has_failed = not is_done
             self.close()
             self._refuse_all(Refused("the server must be running, got one that failed", status=500))
+            self.on_turn()
             with self._changed:
                 self._running = {}
                 self._tell_unused()
@@ -163,7 +165,7 @@ class Scheduler:
             advance_all([each for _, each, _ in ready], torch.stack([logits for *_, logits in ready]))
         for row, generation, _ in ready:
             if not generation.is_over:
-                row.tokens.append(generation.last)
+                row.tokens.append(generation.chosen[-1])
         return True
 
     def _admit(self) -> None:
@@ -193,7 +195,7 @@ class Scheduler:
 
     def _leave(self) -> None:
         """Remove the rows that are over or cancelled."""
-        for row, each in [*self._running.items()]:
+        for row, each in reversed([*self._running.items()]):  # so that rows that end together are not moved
             if each.is_over or each.is_cancelled:
                 self._batch.leave(row)
                 del self._running[row]

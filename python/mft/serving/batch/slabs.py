@@ -4,41 +4,16 @@ A slab has places for rows of up to its capacity, next to each other, so that on
 row that outgrows its place moves to a slab of twice the capacity. A place holds position p of its row at index p.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 LEAST = 128  # tokens of the smallest place
 TOGETHER = 4096  # tokens of a slab of several places
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a layer stores of a token: heads, sizes of a head's key and value, their dtype and device."""
-
-    heads: int
-    key: int
-    value: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, keys: Tensor, values: Tensor) -> "Shape":
-        """Return the shape of keys and values (rows, heads, tokens, size)."""
-        return cls(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, keys.device)
-
-    @property
-    def bytes(self) -> int:
-        return self.heads * (self.key + self.value) * self.dtype.itemsize
-
-    def zeros(self, places: int, capacity: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values (places, heads, capacity, size). Zeros: what no row wrote is multiplied by 0."""
-        keys, values = (
-            torch.zeros(places, self.heads, capacity, size, dtype=self.dtype, device=self.device)
-            for size in (self.key, self.value)
-        )
-        return keys, values
+Layers = Mapping[int, Sequence[Tensor]]  # keys and values, by the number of their layer
 
 
 @dataclass(eq=False)
@@ -58,11 +33,11 @@ class Row:
 
 @dataclass(eq=False)
 class Slab:
-    """layers: keys and values (places, heads, capacity, size) by the layer's number. rows: those of places 0, 1, ..."""
+    """layers: keys and values (places, heads, capacity, size). rows: those of places 0, 1, ..."""
 
     capacity: int
     places: int
-    layers: dict[int, tuple[Tensor, Tensor]]
+    layers: Layers
     rows: list[Row] = field(default_factory=list)
 
     def add(self, row: Row) -> None:
@@ -89,11 +64,11 @@ class Slab:
 
 
 class Slabs:
-    """Slabs of at most this many bytes in total. shapes: by the number of the layer."""
+    """Slabs of at most this many bytes in total. token: keys and values (1, heads, 1, size) of any token."""
 
-    def __init__(self, shapes: dict[int, Shape], most: int) -> None:
-        self._shapes, self._most = shapes, most
-        self.token_bytes = sum(shape.bytes for shape in shapes.values())
+    def __init__(self, token: Layers, most: int) -> None:
+        self._token, self._most = token, most
+        self.token_bytes = sum(each.nbytes for stored in token.values() for each in stored)
         self.longest = most // self.token_bytes  # tokens of a row
         self._together = min(TOGETHER, self.longest // 8)
         self._slabs: list[Slab] = []
@@ -127,7 +102,11 @@ class Slabs:
             return None
         while (self._tokens(self._slabs) + places * capacity) * self.token_bytes > self._most:
             self._slabs.remove(next(slab for slab in self._slabs if not slab.rows))
-        slab = Slab(capacity, places, {n: shape.zeros(places, capacity) for n, shape in self._shapes.items()})
+        layers = {
+            layer: [each.new_zeros(places, each.shape[1], capacity, each.shape[3]) for each in stored]
+            for layer, stored in self._token.items()
+        }  # zeros, as what no row wrote is multiplied by 0
+        slab = Slab(capacity, places, layers)
         self._slabs.append(slab)
         return slab
 
