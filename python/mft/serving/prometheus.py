@@ -50,12 +50,8 @@ class Metrics:
         self._refused = Counter(
             "mft_request_refused", "Requests that were refused, by HTTP status.", (*_KEY, "status"), registry=registry
         )
-        self._rows = Histogram(
-            "mft_batch_rows",
-            "Rows per step of generation; each row gets one token per step.",
-            buckets=_ROWS,
-            registry=registry,
-        )
+        rows_help = "Rows per step of generation; each row gets one token per step."
+        self.count_rows = Histogram("mft_batch_rows", rows_help, buckets=_ROWS, registry=registry).observe
         Info("mft_build", "The version of mft_kernels that runs.", registry=registry).info({"version": __version__})
         ProcessCollector(registry=registry)
         registry.register(_Now(tasks, scheduler))
@@ -81,9 +77,6 @@ class Metrics:
 
     def count_refusal(self, status: int, key: str) -> None:
         self._refused.labels(key, str(status)).inc()
-
-    def count_rows(self, rows: int) -> None:
-        self._rows.observe(rows)
 
     def forget(self, model: str) -> None:
         """Delete the counts of an unloaded task, so that tasks that come and go take no memory."""

@@ -3,8 +3,8 @@
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from os import PathLike
-from typing import Any
 
 from mft.checks import check_rule, nearest
 from mft.masks.bank import MaskBank
@@ -105,22 +105,19 @@ class Tasks:
 
     async def _call_when_unused(self, name: str, then: Callable[[], None]) -> None:
         """Call then when none of the task's requests is left."""
-        loop, done = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
-
-        def set_done(error: Exception | None) -> None:
-            if not done.done():  # whoever waited may have been cancelled
-                done.set_result(None) if error is None else done.set_exception(error)
+        done = Future[None]()
+        done.set_running_or_notify_cancel()  # it goes on if whoever waits is cancelled
 
         def unused() -> None:
-            failed: Any = None
             try:
                 then()
             except (ValueError, RuntimeError) as error:
-                failed = error
-            loop.call_soon_threadsafe(set_done, failed)
+                done.set_exception(error)
+            else:
+                done.set_result(None)
 
         self._scheduler.retire(name, unused)
-        await done
+        await asyncio.wrap_future(done)
 
 
 def _name_list(names: Sequence[str]) -> str:
