@@ -5,7 +5,6 @@ import json
 import os
 
 import httpx
-import openai
 import pytest
 
 from mft.serving.api.api_keys import ApiKeys
@@ -14,7 +13,6 @@ from mft.serving.launch import serve as serve_masks
 from mft.serving.options import Options
 
 KEYS = ("sk-first-0123456789", "sk-second-0123456789")
-ASKED = {"model": "code", "prompt": "3 4", "max_tokens": 2, "temperature": 0}
 
 
 @pytest.fixture
@@ -31,18 +29,6 @@ def warnings_of(path):
     return found
 
 
-def test_whoever_has_a_key_is_answered(serve, path):
-    running = serve(keys=ApiKeys(path, pytest.fail))
-    for key in KEYS:
-        client = openai.OpenAI(base_url=f"{running.address}/v1", api_key=key, max_retries=0)
-        assert client.completions.create(**ASKED).choices[0].text
-        client.close()
-    with pytest.raises(openai.AuthenticationError, match=r"got another key") as error:
-        running.client.models.list()
-    assert error.value.code == "invalid_api_key"
-    assert not any(key in str(part) for key in (*KEYS, "none") for part in (running.lines[:2], running.events[:2]))
-
-
 HEADERS = {"none": None, "another scheme": f"Basic {KEYS[0]}", "another key": f"Bearer {KEYS[0]}x"}
 HEADERS |= {f"another key ({i})": header for i, header in enumerate(("Bearer ", "Bearer \xe9", f"Bearer x{KEYS[0]}"))}
 
@@ -54,24 +40,22 @@ def test_others_get_401_on_every_route_of_the_api_and_the_log_names_no_key(serve
             connection = http.client.HTTPConnection(running.address.removeprefix("http://"), timeout=20)
             connection.request("GET", route, headers={} if header is None else {"Authorization": header})
             response = connection.getresponse()
-            message = json.loads(response.read())["error"]["message"]
+            error = json.loads(response.read())["error"]
             connection.close()
             assert (response.status, response.headers["WWW-Authenticate"]) == (401, "Bearer")
-            assert message == (
+            assert error["code"] == "invalid_api_key"
+            assert error["message"] == (
                 "Authorization must be Bearer and one of the server's keys (--api-keys-file), got "
                 f"{got.partition(' (')[0]}"
             )
-            assert running.lines[-1].endswith(f" GET {route} 401: {message}")
+            assert running.lines[-1].endswith(f" GET {route} 401: {error['message']}")
     assert not any(key in line for key in KEYS for line in running.lines)
     for route in ("/health", "/health/live", "/health/ready", "/metrics"):
         assert httpx.get(f"{running.address}{route}").status_code == 200
 
 
 FAULTY = {
-    "": "--api-keys-file must hold at least one key, in a line of its own, got none in ",
-    "\n# sk-old\n": "--api-keys-file must hold at least one key, in a line of its own, got none in ",
     "good-key\nsk-\xe9": "hold keys of printable ASCII characters, one per line, got others in line 2 of ",
-    "a secret-1 code, math": "must hold a name, a key and tasks such as a,b per line, got 4 words in line 1 of ",
     "secret-1\nsk-secret alice": "--api-keys-file must name a key by 1 to 32 letters, digits and . _ -, the first a ",
     f"{'secret-' * 5} alice": ", got another name in line 1 of ",
     "alice secret": "must hold keys of at least 8 characters behind their names, got 6 in line 1 of ",
@@ -80,7 +64,6 @@ FAULTY = {
     "alice secret-1\nalice secret-2": "--api-keys-file must name each key differently, got 'alice' in line 1 of ",
     "line-2 secret-1\nsecret-2": "--api-keys-file must name each key differently, got 'line-2' in line 1 of ",
     "alice secret-1\n#\nbob secret-1": "--api-keys-file must hold each key once, got one in line 1 of ",
-    "sk-" + "0" * (1 << 20): "--api-keys-file must be at most 1048576 bytes, got more in ",
 }
 
 

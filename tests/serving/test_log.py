@@ -52,13 +52,6 @@ def test_what_libraries_log_has_lines_too_with_its_traceback(form):
     assert form == "text" or json.loads(lines[0])["event"] == "uvicorn.error"
 
 
-def test_lines_below_the_level_are_left_out():
-    log, lines = written("text", level="warning")
-    log.tell("answer", "fine")
-    log.tell("refusal", "not fine", level=logging.WARNING)
-    assert [line.partition(" warning ")[2] for line in lines] == ["not fine"]
-
-
 def test_a_refusal_has_its_id_in_the_response_and_in_the_log(serve):
     running = serve(hosts=frozenset())
     cases = [(ask(running, ASKED | {"model": "cod"}), 404), (ask(running, ASKED, Host="evil.example"), 403)]

@@ -5,15 +5,6 @@ import threading
 import pytest
 
 from mft.serving import launch
-from mft.serving.passing_thread import in_passing_thread
-
-
-def test_work_ends_with_its_thread_and_gives_or_raises_what_it_did():
-    thread = in_passing_thread(threading.current_thread)
-    assert thread is not threading.current_thread()
-    assert not thread.is_alive()
-    with pytest.raises(ZeroDivisionError):
-        in_passing_thread(lambda: 1 // 0)
 
 
 def test_the_base_is_loaded_in_a_thread_that_ends(exports, monkeypatch):

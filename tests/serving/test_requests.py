@@ -76,15 +76,17 @@ def test_all_answers_of_a_request_find_a_place_or_none_does(serve, gate, until):
         assert len(asked.result().choices) == 2
 
 
-def test_a_client_that_leaves_frees_the_rows_of_all_its_answers(serve, gate, until):
+def test_a_client_that_leaves_its_stream_frees_the_rows_of_all_its_answers(serve, gate, until):
     running = serve(rows=2)
     stream = complete(running, PROMPTS, n=2, max_tokens=50, stream=True)
     next(stream)
     gate.clear()
     stream.close()
     until(lambda: len(running.lines) == 6)
+    before = gate.steps
     gate.set()
     until(lambda: running.scheduler.counts == (0, 0))
+    assert gate.steps <= before + 1  # of 49: only a step that had begun when it left
     assert all(" 499 cancelled: " in line for line in running.lines)
 
 
