@@ -45,7 +45,7 @@ class RunningBatch:
 
     def join(self, row: Row) -> bool:
         """Add a row with its tokens so far, unread. Returns: whether there is memory for it, and a token more."""
-        has_room = self.slabs.put(row, min(len(row.tokens) + 1, self.slabs.longest))
+        has_room = self.slabs.put(row, len(row.tokens) + 1)
         if has_room:
             self.rows.append(row)
         return has_room

@@ -183,8 +183,6 @@ class Scheduler:
         """Let all rows read. If this fails, let each do so alone, so that only those fail that cause it."""
         try:
             return self._batch.step()
-        except torch.AcceleratorError:  # the device is lost for all rows
-            raise
         except Exception:
             logger.exception("a step of %d rows failed, each is tried alone", len(self._running))
         found = []

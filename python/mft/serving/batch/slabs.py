@@ -79,7 +79,10 @@ class Slabs:
         return self._tokens(self._filled()) * self.token_bytes
 
     def put(self, row: Row, length: int) -> bool:
-        """Give a row a place for length tokens, with what it has stored. Returns: whether there is memory for it."""
+        """Give a row a place for length tokens, at most longest, with what it has stored.
+
+        Returns: whether there is memory for it.
+        """
         capacity = min(max(LEAST, 1 << (length - 1).bit_length()), self.longest)
         slab = next((s for s in self._slabs if s.capacity == capacity and len(s.rows) < s.places), None)
         slab = slab or self._new(capacity)
