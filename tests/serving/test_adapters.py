@@ -5,6 +5,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -15,6 +16,8 @@ from mft.config import MaskConfig
 from mft.masks.convert import mask_model
 from mft.masks.export import save_masks
 from mft.serving.api import adapter_routes
+from mft.serving.batch.scheduler import Scheduler
+from mft.serving.refusal import Refused
 
 ASKED = {"prompt": "3 4 5", "temperature": 0, "max_tokens": 8}
 
@@ -104,6 +107,22 @@ def test_a_client_that_leaves_is_not_waited_for(serve, root, gate, until):
         gate.set()
         assert unloading.result().status_code == 200
     assert gate.steps < 10
+
+
+def test_the_scheduler_itself_takes_no_request_of_an_unloaded_task_nor_one_when_it_ends():
+    scheduler, told = Scheduler(SimpleNamespace(bank=SimpleNamespace(tasks=["code"])), rows=2, waiting=0), []
+    code, gone, base = (SimpleNamespace(key="", task=task) for task in ("code", "gone", None))
+    scheduler.submit([code])
+    scheduler.retire("code", lambda: told.append("code"))
+    for each in (code, gone):
+        with pytest.raises(Refused, match="which has just been unloaded"):
+            scheduler.submit([each])
+    assert told == []
+    scheduler.cancel(code)
+    assert told == ["code"]
+    scheduler.close()
+    with pytest.raises(Refused, match="got one that is stopping"):
+        scheduler.submit([base])
 
 
 def test_masks_are_replaced_in_place_once_the_new_ones_are_read(serve, root):

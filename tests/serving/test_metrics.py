@@ -77,6 +77,8 @@ def test_the_batch_and_the_queue_are_those_of_now(serve, gate, until):
             each.result()
     until(lambda: running.scheduler.counts == (0, 0))
     until(lambda: read(running)[0]["mft_kv_cache_bytes"][()] == 0)
+    found, _ = read(running)
+    assert found["mft_batch_rows_count"][()] == found["mft_batch_rows_bucket"][("1.0",)]  # never two rows
 
 
 def test_a_task_that_is_unloaded_is_counted_no_more(serve, exports):

@@ -48,11 +48,12 @@ def advance(batch):
 def test_rows_that_join_and_leave_at_any_time_get_what_each_gets_alone(make, monkeypatch):
     monkeypatch.setattr(running_batch, "PIECE", 5)  # "c" is read in pieces
     model = make(initializer_range=0.3).eval()
-    prompts = {"a": [3, 4, 5], "b": [7], "c": list(range(20, 31)), "d": [9, 9], "e": [50, 2, 40, 8]}
-    joins = {0: ["a", "b"], 2: ["c"], 6: ["d", "e"]}  # by step
-    leaves = {4: ["a"], 7: ["c"], 9: ["d"]}
+    prompts = {"a": [3, 4, 5], "b": [7], "c": list(range(20, 31)), "d": [9, 9], "e": [50, 2, 40, 8], "f": [5, 6]}
+    joins = {0: ["a", "b", "d"], 2: ["c"], 3: ["e"], 6: ["f"]}  # by step
+    leaves = {5: ["d"], 9: ["a"], 10: ["c"]}  # "e" takes the place of "d", before that of "c"
     batch = RunningBatch(MaskBank(model), CACHE)
     batch.check_rows_apart()
+    assert batch.slabs.bytes == 0
     rows = {name: Row(None, [*prompt]) for name, prompt in prompts.items()}
     for step in range(12):
         for name in joins.get(step, []):
@@ -62,7 +63,8 @@ def test_rows_that_join_and_leave_at_any_time_get_what_each_gets_alone(make, mon
         advance(batch)
     made = {name: rows[name].tokens[len(prompt) :] for name, prompt in prompts.items()}
     assert made == {name: alone(model, prompt, len(made[name])) for name, prompt in prompts.items()}
-    assert [len(tokens) for tokens in made.values()] == [4, 12, 3, 3, 5]
+    assert [len(tokens) for tokens in made.values()] == [8, 12, 6, 5, 8, 6]
+    assert len({rows[name].slab for name in "bef"}) == 1  # so that one call of attention reads them
 
 
 def test_rows_of_a_mixture_take_the_masks_of_their_tasks(tmp_path):
@@ -92,16 +94,30 @@ def test_keys_and_values_stay_within_the_cache_and_the_newest_row_gives_way():
     most = 4 * LEAST * token  # places for four short rows
     batch = RunningBatch(MaskBank(model), most)
     assert batch.slabs.longest == 4 * LEAST
-    rows = [Row(None, [3 + place] * (LEAST - 3)) for place in range(5)]
+    assert [batch.join(Row(None, [3] * LEAST)) for _ in range(3)] == [True, True, False]  # a token more has a place
+    for row in [*batch.rows]:
+        batch.leave(row)
+    rows = [Row(None, [3 + place] * (LEAST - 1)) for place in range(5)]
     assert [batch.join(row) for row in rows] == [True] * 4 + [False]
     gone = []
     for _ in range(8):
         gone += batch.make_room()
         advance(batch)
-        assert batch.slabs.bytes <= most
+        stored = [each for slab in batch.slabs._slabs for layer in slab.layers.values() for each in layer]
+        assert batch.slabs.bytes <= sum(each.nbytes for each in stored) <= most
     assert [rows.index(row) for row in gone] == [3, 2, 1]  # each of the others now takes twice the place
     assert (gone[0].read, gone[0].slab) == (0, None)
-    assert rows[0].tokens[LEAST - 3 :] == alone(model, rows[0].tokens[: LEAST - 3], 8)
+    assert rows[0].tokens[LEAST - 1 :] == alone(model, rows[0].tokens[: LEAST - 1], 8)
+    assert RunningBatch(MaskBank(model), 3 * LEAST * token).join(Row(None, [3] * (3 * LEAST)))  # the whole cache
+
+
+def test_a_long_prompt_stops_no_short_one_and_is_stopped_by_none(monkeypatch):
+    monkeypatch.setattr(running_batch, "PIECE", 8)
+    batch, rows = RunningBatch(MaskBank(make_llama().eval()), CACHE), [Row(None, [3] * count) for count in (40, 6, 3)]
+    for row in rows:
+        assert batch.join(row)
+    batch.step()
+    assert [row.read for row in rows] == [4, 1, 3]
 
 
 def test_a_row_that_fails_leaves_nothing_for_the_next_one_in_its_place():

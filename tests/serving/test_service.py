@@ -371,37 +371,39 @@ def test_a_prompt_that_the_model_cannot_read_ends_its_answer_alone(serve, words,
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_device_that_fails_ends_the_service_and_nobody_waits(serve, monkeypatch):
-    running = serve(rows=1)
+    running, told = serve(rows=1), []
     running.fails = True
 
-    def fail(*_):
+    def fail(batch, _=None):
+        running.scheduler.retire(batch.rows[0].task, lambda: told.append("unused"))
         raise torch.AcceleratorError("device-side assert triggered")
 
     monkeypatch.setattr(RunningBatch, "step", fail)
     with ThreadPoolExecutor(2) as pool:
-        asked = [pool.submit(complete, running, max_tokens=4) for _ in range(2)]
+        asked = [pool.submit(complete, running, model, max_tokens=4) for model in ("code", "math")]
         for each in asked:
             with pytest.raises(openai.APIError, match="the server must be running, got one that|Connection error"):
                 each.result()
     running.thread.join(10)
     assert not running.thread.is_alive()
+    assert told == ["unused"]  # so that an unload ends too
 
 
 def test_rows_that_outgrow_the_cache_wait_for_it_before_those_that_came_later(serve, words, gate, until):
     cache = 4 * LEAST * serve().scheduler._batch.slabs.token_bytes  # four short rows, or two that have grown
     running = serve(rows=4, length=256, cache=cache)
-    prompts = ["3 " * (LEAST - 12 + i) for i in range(5)]
+    asked = [(" ".join(["3"] * (LEAST - 12 + i)), 40 if i < 4 else 2) for i in range(5)]
     gate.clear()
     with ThreadPoolExecutor(5) as pool:
-        asked = []
-        for prompt in prompts:
-            asked.append(pool.submit(complete, running, prompt=prompt, max_tokens=40))
-            until(lambda: sum(running.scheduler.counts) == len(asked))
+        answers = []
+        for prompt, count in asked:
+            answers.append(pool.submit(complete, running, prompt=prompt, max_tokens=count))
+            until(lambda: sum(running.scheduler.counts) == len(answers))
         gate.set()
-        found = [each.result().choices[0].text for each in asked]
-    assert found == [generated(running.bank, words, "code", prompt, 40) for prompt in prompts]
+        found = [each.result().choices[0].text for each in answers]
+    assert found == [generated(running.bank, words, "code", *each) for each in asked]
     until(lambda: len(running.events) == 5)
-    assert running.events[-1]["prompt_tokens"] == LEAST - 8
+    assert [each["completion_tokens"] for each in running.events].index(2) >= 2
     assert all(each["queue_seconds"] < each["first_token_seconds"] for each in running.events)
 
 
