@@ -174,8 +174,8 @@ bool try_accumulate_product(Tensor out, Tensor grad_output, Tensor x) {
 }
 
 // Return y for x (rows, ..., K): y[i] uses masks[tasks[i]], or the whole weight for task -1. With way "short" this is a
-// fast path as above. "auto" serves the call even if an environment variable says how to serve it. "once" does so too,
-// and makes one pass over the weight even if another way is faster.
+// fast path as above. "auto" serves the call even if an environment variable says how to serve it. "dots" and "tiles" do
+// so too, that way even if another is faster.
 Optional try_masked_linear_many(Tensor x, Tensor weight, std::vector<Tensor> masks, Tensor tasks, Optional bias,
                                 Text way) {
   const ScalarType type = weight.scalar_type();
@@ -197,7 +197,10 @@ Optional try_masked_linear_many(Tensor x, Tensor weight, std::vector<Tensor> mas
   const Matrix w = input(weight, "weight"), in = tokens_of(x, "x", columns, w.format);
   Tensor y = empty_product(x, in.rows, rows);
   mft::many_masked_linear(mft::chosen_capability(), flat(y, rows, "y", y.mutable_data_ptr()), in, w, bits, task,
-                          in.rows / x.size(0), data_of(bias), way == "once");
+                          in.rows / x.size(0), data_of(bias),
+                          way == "dots"    ? mft::ManyWay::kDots
+                          : way == "tiles" ? mft::ManyWay::kTiles
+                                           : mft::ManyWay::kAuto);
   return y;
 }
 

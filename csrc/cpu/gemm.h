@@ -43,6 +43,11 @@ struct ScoreGrad {
   bool stream;            // write around the cache: out exceeds it, and its rows start on cache lines
 };
 
+// What multiply_far_rows() prefetches into L2: `bytes` ahead of each column, in rows first .. end - 1 of its call.
+struct FarFetch {
+  int64_t first, end, bytes;
+};
+
 struct Gemm {
   Format format;      // of every matrix except scores and their gradient
   int64_t per_group;  // elements of that format in a group
@@ -76,11 +81,10 @@ struct Gemm {
                    int64_t columns, int64_t groups, bool add, const char* const* prefetch);
 
   // sums[i * stride + m] = row i of the weight, masked, times token m, for kFarRows rows. The rows may lie far apart,
-  // each a stream of memory, and are masked as they are read. A panel of x.T has the whole depth of 32 tokens. nullptr:
-  // the table has no such function.
+  // each a stream of memory, and are masked as they are read. A panel of x.T has the whole depth of 32 tokens, or of 16
+  // if there are no more. nullptr: the table has no such function.
   void (*multiply_far_rows)(float* sums, int64_t stride, const void* const* rows, const MaskRow* masks,
-                            Format score_format, const uint32_t* panels, int64_t panel_stride, int64_t depth,
-                            int64_t tokens);
+                            Format score_format, const uint32_t* panels, int64_t depth, int64_t tokens, FarFetch fetch);
 
   // tiles [+]= tokens of an A block times kNearRows rows of the weight, which are masked by words as they are read. A
   // tile has all tokens and 32 columns; tiles are tiles_size apart. nullptr: the table has no such function.
@@ -102,8 +106,10 @@ struct Gemm {
   void (*pack_masked_group)(uint32_t* b, int64_t panel_stride, const void* even, const void* odd, MaskRow even_mask,
                             MaskRow odd_mask, Format score_format, int64_t columns);
 
-  // Packs one B panel of matrix.T from up to 32 rows of `matrix`. Neighbours along the depth are neighbours in a row.
-  void (*pack_transposed_panel)(uint32_t* b, const void* matrix, int64_t row_stride, int64_t rows, int64_t depth);
+  // Packs one B panel of matrix.T, `columns` wide (16 or 32), from up to as many rows of `matrix`. Neighbours along the
+  // depth are neighbours in a row.
+  void (*pack_transposed_panel)(uint32_t* b, int64_t columns, const void* matrix, int64_t row_stride, int64_t rows,
+                                int64_t depth);
 
   // Packs an A block of matrix.T from `depth` rows of `matrix`, whose columns become the rows of the block. Up to the
   // next multiple of 32, more rows may be written.

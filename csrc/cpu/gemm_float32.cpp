@@ -66,11 +66,12 @@ struct Singles {
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * out_stride, block[i]);
   }
 
-  static void pack_transposed_panel(uint32_t* b, const void* matrix, int64_t row_stride, int64_t rows, int64_t depth) {
+  static void pack_transposed_panel(uint32_t* b, int64_t columns, const void* matrix, int64_t row_stride, int64_t rows,
+                                    int64_t depth) {
     for (int64_t d = 0; d < depth; d += 16) {
-      for (int64_t r = 0; r < kTileColumns; r += 16) {
+      for (int64_t r = 0; r < columns; r += 16) {
         const int64_t row = r < rows ? r : 0;
-        transpose_block(b + d * kTileColumns + r, kTileColumns, as<Element>(matrix) + row * row_stride + d, row_stride,
+        transpose_block(b + d * columns + r, columns, as<Element>(matrix) + row * row_stride + d, row_stride,
                         rows - r, depth - d);
       }
     }

@@ -47,16 +47,17 @@ void pack_masked_group(uint32_t* b, int64_t panel_stride, const void* even, cons
   });
 }
 
-void pack_transposed_panel(uint32_t* b, const void* matrix, int64_t row_stride, int64_t rows, int64_t depth) {
+void pack_transposed_panel(uint32_t* b, int64_t columns, const void* matrix, int64_t row_stride, int64_t rows,
+                           int64_t depth) {
   for (int64_t d = 0; d < depth; d += 32) {
-    for (int64_t r = 0; r < kTileColumns; r += 16) {
+    for (int64_t r = 0; r < columns; r += 16) {
       __m512i block[16];
       for (int i = 0; i < 16; ++i) {
         const __mmask32 inside = r + i < rows ? first32(depth - d) : 0;
         block[i] = _mm512_maskz_loadu_epi16(inside, as<uint16_t>(matrix) + (inside != 0 ? (r + i) * row_stride + d : 0));
       }
       transpose(block);
-      for (int p = 0; p < 16; ++p) _mm512_storeu_si512(b + (d / 2 + p) * kTileColumns + r, block[p]);
+      for (int p = 0; p < 16; ++p) _mm512_storeu_si512(b + (d / 2 + p) * columns + r, block[p]);
     }
   }
 }
