@@ -30,7 +30,7 @@ class Question(NamedTuple):
 
 QUESTIONS = {
     "cpu": Question("bench_cpu", "Is the mask free on this processor? (minutes)", cases=True),
-    "ops": Question("bench_ops", "What does each op cost, next to a dense layer? (an hour)", cases=True),
+    "ops": Question("bench_ops", "What does each op cost, next to a dense layer? (half an hour)", cases=True),
     "experts": Question("bench_experts", "Are masks free on a mixture's experts?", cases=True),
     "loop": Question("bench_loop", "What does a layer's step cost with its optimiser?", cases=True),
     "train_step": Question("bench_train_step", "What does a whole step cost? (16 GB of memory)"),
