@@ -63,7 +63,7 @@ def test_rows_that_join_and_leave_at_any_time_get_what_each_gets_alone(make, mon
         advance(batch)
     made = {name: rows[name].tokens[len(prompt) :] for name, prompt in prompts.items()}
     assert made == {name: alone(model, prompt, len(made[name])) for name, prompt in prompts.items()}
-    assert [len(tokens) for tokens in made.values()] == [8, 12, 6, 5, 8, 6]
+    assert [len(tokens) for tokens in made.values()] == [8, 12, 6, 5, 9, 6]
     assert len({rows[name].slab for name in "bef"}) == 1  # so that one call of attention reads them
 
 
@@ -112,12 +112,13 @@ def test_keys_and_values_stay_within_the_cache_and_the_newest_row_gives_way():
 
 
 def test_a_long_prompt_stops_no_short_one_and_is_stopped_by_none(monkeypatch):
-    monkeypatch.setattr(running_batch, "PIECE", 8)
-    batch, rows = RunningBatch(MaskBank(make_llama().eval()), CACHE), [Row(None, [3] * count) for count in (40, 6, 3)]
+    monkeypatch.setattr(running_batch, "PIECE", 4)  # 16 in all
+    batch = RunningBatch(MaskBank(make_llama().eval()), CACHE)
+    rows = [Row(None, [3] * count) for count in (40, 9, 9, 3, 4)]
     for row in rows:
         assert batch.join(row)
     batch.step()
-    assert [row.read for row in rows] == [4, 1, 3]
+    assert [row.read for row in rows] == [2, 4, 3, 3, 4]
 
 
 def test_a_row_that_fails_leaves_nothing_for_the_next_one_in_its_place():
