@@ -1,8 +1,8 @@
 """One call of a model for tokens of many rows: one for a row that generates, several for a row whose prompt is read.
 
     tokens        a5  b9  c0 c1 c2 c3          the model sees six rows of one token, each with its position
-    attention     a5 in a0..a5, b9 in b0..b9   a call for the rows of a slab that read one token
-                  c0 c1 c2 c3 in c0..c3        a call for each row that reads several
+    attention     a5 in a0..a5, b9 in b0..b9   a call for the rows of a slab that read as many tokens: here one
+                  c0 c1 c2 c3 in c0..c3        and here four
 
 The model's own attention computes each part, through transformers' registry of attentions.
 """
@@ -90,22 +90,16 @@ class Reading:
     def __init__(
         self, rows: Iterable[tuple[Row, int]], own: str, windows: Sequence[int | None], device: torch.device
     ) -> None:
-        together: dict[Slab, list[Row]] = {}
-        apart: list[tuple[Row, Slab, int]] = []
+        together: dict[tuple[Slab, int], list[Row]] = {}
         for row, count in rows:
             assert row.slab is not None
-            if count == 1:
-                together.setdefault(row.slab, []).append(row)
-            else:
-                apart.append((row, row.slab, count))
+            together.setdefault((row.slab, count), []).append(row)
         self._own, self._windows, self._parts = own, windows, list[_Part]()
         self._stored: dict[int, tuple[int, Tensor]] = {}  # the layer of keys by their identity, and the keys
         self.rows: list[tuple[Row, int]] = []  # in the order of their tokens
         ids: list[int] = []
-        for slab, each, count in (
-            *((slab, sorted(rows, key=lambda row: row.place), 1) for slab, rows in together.items()),
-            *((slab, [row], count) for row, slab, count in apart),
-        ):
+        for (slab, count), unordered in together.items():
+            each = sorted(unordered, key=lambda row: row.place)
             ends = torch.tensor([[*range(row.read, row.read + count)] for row in each], device=device)
             places = torch.tensor([row.place for row in each], device=device)
             self._parts.append(_Part(slab, places, len(ids), ends))
