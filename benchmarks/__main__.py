@@ -37,7 +37,6 @@ QUESTIONS = {
     "scaling": Question("bench_scaling", "How does a step grow with tokens, width, layers, threads?"),
     "memory": Question("bench_memory", "How much memory does the step of one layer need?", alone=True),
     "generate": Question("bench_generate", "Does a masked model generate as fast as a dense one?"),
-    "decode": Question("bench_decode", "How fast is a batch whose rows use different masks?"),
     "serve": Question("bench_serve", "How fast is mft serve, beside plain generate of the base? (9 minutes)"),
     "many_masks": Question("bench_many_masks", "What do three tasks' masks on one base give and cost?", alone=True),
     "launch": Question("bench_launch", "What does a call cost, beyond nn.Linear? (a minute)"),

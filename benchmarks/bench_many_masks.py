@@ -2,21 +2,17 @@
 
 Three short mask trainings (layers 24 to 29, keep 0.99, as in the demo) use the standard library's Python, torch's C++
 headers and problems with exact answers. Reported are the held-out loss of every task under every mask, and the bytes
-of masks and merged models on disk and in memory. Speed is measured in the most expensive case: masks on all linear
-layers. These masks are not trained, because speed does not depend on which weights they keep.
+of masks and merged models on disk and in memory, also of masks on all linear layers. For speed see bench_serve.py.
 """
 
-import functools
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mft.config import DataConfig, MaskConfig, TrainConfig
-from mft.data.batches import take_rows
 from mft.data.splits import Splits, load_splits
 from mft.evaluation.evaluate import Evaluation, evaluate, paired_difference
 from mft.masks.bank import MaskBank, load_mask_bank
@@ -25,10 +21,9 @@ from mft.masks.export import load_masks, save_masks
 from mft.models.frozen_layers import PrefixMemory
 from mft.models.pretrained import load_model, save_model
 from mft.training.loop import train_masks
-from mft_kernels.timing import Samples, time_within
 
-from .bench_generate import generate
-from .harness import Finding, Spread, ratio, report
+from .harness import Finding, Spread, report
+from .serve_load import write_masks
 
 MODEL = "smollm2-135m"
 FIRST = 24  # first masked layer, of 30
@@ -41,9 +36,6 @@ TASKS = {
     "problems": DataConfig("problems", sequence_length=64, max_train_tokens=TRAINED, max_eval_tokens=HELD_OUT),
 }
 BASE = "base"
-ROWS, SCORED, PROMPT, GENERATED = 2, 128, 32, 16  # rows per task; tokens per row
-SECONDS = 20.0  # of timing, for scoring and for generating
-MERGED, ONE, MIXED, IN_TURN = "merged model", "one task", "mixed batch", "a call a task"
 
 
 def main() -> None:
@@ -59,18 +51,9 @@ def main() -> None:
         losses = losses_by_mask(bank, {task: splits[task].validation for task in TASKS}, FIRST)
         apart, sizes = merge_all(bank, losses, splits, tokenizer, root)
         sizes |= bytes_of(bank)
-        sizes |= {f"{name}, all layers": size for name, size in bytes_of(bank_of_all_layers(root)[0]).items()}
-        samples = speed(root)
-    counts = {"scoring": 3 * ROWS * SCORED, "generating": 3 * ROWS * GENERATED}
+        sizes |= {f"{name}, all layers": size for name, size in bytes_of(bank_of_all_layers(root)).items()}
     findings = [Finding("bank's loss against the merged model's, largest difference", Spread.of([apart]), "nats")]
     findings += [Finding(name, Spread.of([float(size)]), "bytes") for name, size in sizes.items()]
-    for what, found in samples.items():
-        for name, times in found.items():
-            findings.append(
-                Finding(f"{what}: {name}", Spread.of([counts[what] * 1e3 / ms for ms in times]), "tokens/s")
-            )
-        findings += [ratio(found, name, MERGED, suffix=f": {what}") for name in (ONE, MIXED, IN_TURN)]
-        findings.append(ratio(found, MIXED, IN_TURN, suffix=f": {what}"))
     report("many_masks", "Three tasks on one SmolLM2-135M", findings, losses=loss_rows(losses), bytes=sizes)
 
 
@@ -143,50 +126,7 @@ def tensor_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def bank_of_all_layers(root: Path) -> tuple[MaskBank, list[Path]]:
-    """Return a bank with masks on every linear of every layer, in the order of the tasks, and the masks' paths."""
-    paths = [root / "all" / task for task in TASKS]
-    for seed, path in enumerate(paths):
-        if not path.exists():
-            model, _ = load_model(MODEL)
-            save_masks(mask_model(model, MaskConfig.paper(seed=seed)), path)
-    model, _ = load_model(MODEL)
-    return load_mask_bank(model, dict(zip(TASKS, paths))), paths
-
-
-def speed(root: Path) -> dict[str, Samples]:
-    """Return milliseconds to score and to generate the same rows: ROWS per task, the tasks in turn."""
-    bank, paths = bank_of_all_layers(root)
-    model, tokenizer = load_model(MODEL)
-    merged = merge_model(load_masks(model, paths[0]))
-    validation = [load_splits(config, tokenizer).validation for config in list(TASKS.values())[:2]]
-    generating = functools.partial(generate, new=GENERATED)
-    rows = torch.cat([take_rows(split, list(range(3))).input_ids for split in validation])[:, :SCORED]
-    return {
-        "scoring": time_within(competitors(bank, merged, rows, score), SECONDS, least=3, most=9),
-        "generating": time_within(competitors(bank, merged, rows[:, :PROMPT], generating), SECONDS, least=3, most=9),
-    }
-
-
-def competitors(
-    bank: MaskBank, merged: nn.Module, rows: Tensor, run: Callable[[nn.Module, Tensor], object]
-) -> dict[str, Callable[[], object]]:
-    """Return the ways to run 3 * ROWS rows. If rows have different tasks, row i has task i % 3."""
-    tasks = list(bank.tasks)
-
-    def use(chosen: Any, own: Tensor) -> object:
-        with bank.use(chosen):
-            return run(bank.model, own)
-
-    return {
-        MERGED: lambda: run(merged, rows),
-        ONE: lambda: use(tasks[0], rows),
-        MIXED: lambda: use(tasks * ROWS, rows),
-        IN_TURN: lambda: [use(task, rows[i :: len(tasks)]) for i, task in enumerate(tasks)],
-    }
-
-
-@torch.no_grad()
-def score(model: nn.Module, rows: Tensor) -> None:
-    """Compute the logits of every token."""
-    model(rows)
+def bank_of_all_layers(root: Path) -> MaskBank:
+    """Return a bank with random masks on every linear of every layer."""
+    masks = write_masks(root / "all", MODEL, list(TASKS), "bfloat16", keep_ratio=0.9)
+    return load_mask_bank(load_model(MODEL)[0], masks)

@@ -62,7 +62,7 @@ def find_maker(name: str, record: dict[str, Any]) -> tuple[str, tuple[str, ...]]
         return "make bench WHAT=memory", (*SIMULATED, "benchmarks/bench_memory.py")
     if question.startswith("gpu"):
         return "make gpu", ("mft_kernels", "csrc/cuda", "benchmarks/gpu")
-    recipe = ("train_step", "generate", "decode", "many_masks")
+    recipe = ("train_step", "generate", "many_masks")
     code = SERVER if question == "serve" else RECIPE if question in recipe else KERNELS
     return f"make bench WHAT={question}", (*code, f"benchmarks/bench_{question}.py")
 

@@ -233,7 +233,6 @@ TABLES: dict[str, tuple[Table, ...]] = {
     "scaling": (_table_per_machine(_scaling_of),),
     "cpu": (cpu_table, shares_table),
     "generate": (generate_table,),
-    "decode": (generate_table,),
     "serve": (serve_table,),
     "experts": (experts_table,),
     "launch": (launch_table,),

@@ -9,7 +9,6 @@ import torch
 
 from benchmarks import (
     bench_cpu,
-    bench_decode,
     bench_experts,
     bench_generate,
     bench_launch,
@@ -127,18 +126,6 @@ def test_the_targets_and_the_machines_stand_side_by_side(two_machines, capsys):
     assert generate_table(read_machines(two_machines, "generate")).splitlines()[0].count("bf16") == 2
     show("cpu", records)
     assert "% of the ceiling" in capsys.readouterr().out
-
-
-def test_the_question_of_rows_with_masks_of_their_own_is_answered(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(harness, "_folder", tmp_path)
-    bench_decode.main(budget=bench_decode.Budget(prompt=3, new=2, seconds=0.0, config=TINY.config))
-    records = read_machines(tmp_path, "decode")
-    (record,) = records.values()
-    assert "| ours, 8 tasks in a batch | " in generate_table(records)
-    asked = {finding["quantity"] for finding in record["findings"] if finding["rule"] is not None}
-    assert asked == {
-        f"{bench_decode.bank_name(tasks)} / merged: {dtype}" for tasks in (1, 3, 8) for dtype in ("bf16", "fp32")
-    }
 
 
 @pytest.mark.slow
