@@ -68,7 +68,7 @@ def test_240_greedy_answers_are_those_of_each_merged_model_alone(tmp_path):
                 answers |= zip(now, pool.map(lambda each: ask(client, each[1], each[0], ids), now))
     found = []
     for name, other in zip(MODELS, (*MODELS[1:], BASE)):
-        model, _ = load_model(ModelConfig(BASE))
+        model, _ = load_model(ModelConfig(BASE, dtype="float32"))
         if name != BASE:
             model = merge_model(load_masks(model, masks[name]))
         wrong = []
