@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from mft_study.arms.size import NUMBER, model_numbers, trained_weight_bytes
 from mft_study.arms.weights import Weights
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 class Base(Arm):
@@ -103,3 +104,22 @@ class Control(Arm):
 
     def training_bytes(self, ground: Ground, train: TrainConfig) -> int:
         return trained_weight_bytes(ground.base, ground.numbers())
+
+
+class KeptWeights(Control):
+    """Of a pruned model: the masked layers' weights that are not 0 at the start, trained further."""
+
+    def untrained(self, ground: Ground) -> nn.Module:
+        model = super().untrained(ground)
+        for name in ground.weight_names():
+            weight = model.get_parameter(name)
+            weight.register_hook(partial(_where_not_zero, kept=weight.detach() != 0))
+        return model
+
+    def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
+        """Return the bytes of the kept weights; the start says which these are."""
+        return NUMBER * sum(int(ground.start.get_parameter(name).count_nonzero()) for name in ground.weight_names())
+
+
+def _where_not_zero(gradient: Tensor, kept: Tensor) -> Tensor:
+    return gradient.where(kept, 0)

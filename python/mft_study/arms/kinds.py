@@ -9,7 +9,7 @@ from mft_study.arms.adapters import Lora, Peft
 from mft_study.arms.arm import Arm
 from mft_study.arms.coded import Coded
 from mft_study.arms.compressed import BitDelta, SparseDelta, Ternary
-from mft_study.arms.full import Base, Continued, Control, Full
+from mft_study.arms.full import Base, Continued, Control, Full, KeptWeights
 from mft_study.arms.masks import Mask, OneShot
 from mft_study.arms.means import Average, Interpolated
 from mft_study.arms.quantized import InCodes, Quantized
@@ -20,6 +20,7 @@ KINDS: dict[str, type[Arm]] = {
     "full": Full,
     "continued": Continued,
     "control": Control,
+    "kept_weights": KeptWeights,
     "lora": Lora,
     "peft": Peft,
     "mask": Mask,

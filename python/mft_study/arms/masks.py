@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mft.checks import SHARE, check_rule
@@ -24,12 +23,25 @@ if TYPE_CHECKING:
 class _AnyMask(Arm):
     takes = ON_LAYERS | {"keep_ratios", "start"}
     is_mask = True
+    may_start = True
 
     def choices(self, mask: MaskConfig) -> dict[str, list[Any]]:
         found = super().choices(mask)
         if self.threshold is None:
             found["keep_ratio"] = found["keep_ratio"] or [mask.keep_ratio]
         return found
+
+    def trained_weights(self, model: nn.Module, ground: Ground) -> Weights:
+        """Return the weights with the masks applied."""
+        from mft.masks.convert import came_from_conv1d, masked_modules
+        from mft.models.linears import weight_name
+
+        weights = {}
+        for name, module in masked_modules(model).items():
+            kept = module.merged_weight()
+            kept = kept.t() if came_from_conv1d(module) else kept
+            weights[weight_name(ground.start, name)] = kept.cpu().contiguous()
+        return weights
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         return _export_bytes(_kept(ground, model))
@@ -51,7 +63,6 @@ class Mask(_AnyMask):
     needs = frozenset({"lrs"})
     learns = "scores"
     is_mft = True
-    may_start = True
     may_teach = True
     near = True
     colour = COLOURS["mask"]
@@ -103,18 +114,6 @@ class Mask(_AnyMask):
 
         return train_masks(model, rows, train, **options)
 
-    def trained_weights(self, model: nn.Module, ground: Ground) -> Weights:
-        """Return the weights with the masks applied."""
-        from mft.masks.convert import came_from_conv1d, masked_modules
-        from mft.models.linears import weight_name
-
-        weights = {}
-        for name, module in masked_modules(model).items():
-            kept = module.merged_weight()
-            kept = kept.t() if came_from_conv1d(module) else kept
-            weights[weight_name(ground.start, name)] = kept.cpu().contiguous()
-        return weights
-
     def round_to_codes(self, start: nn.Module, merged: Weights, codes: str) -> Weights:
         """Return merged unchanged: each weight is the start's or 0, and all codes have a 0."""
         return merged
@@ -131,13 +130,14 @@ class OneShot(_AnyMask):
     """A mask found in one shot (importance.py)."""
 
     tuned = False
+    makes_weights = True
 
-    def model(self, ground: Ground, path: Path) -> nn.Module:
+    def made_weights(self, ground: Ground) -> Weights:
         from mft.models.causal_lm import clone_with_own_weights
         from mft_study.one_shot import one_shot_mask
 
         clone = clone_with_own_weights(ground.start)
-        return one_shot_mask(clone, ground.mask, self.kind, ground.rows()).eval()
+        return self.trained_weights(one_shot_mask(clone, ground.mask, self.kind, ground.rows()), ground)
 
 
 def _export_bytes(masks: Iterable[tuple[Tensor, Tensor]]) -> int:
