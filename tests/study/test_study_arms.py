@@ -48,6 +48,8 @@ ARMS = """
   mean of masks: {kind: average, of: mask, runs: 2}
   mean of adapters: {kind: average, of: lora, runs: 2}
   mask on control: {kind: mask, lrs: [1e-2], start: control}
+  kept on magnitude: {kind: kept_weights, lrs: [1e-2], start: magnitude}
+  lora on magnitude: {kind: lora, lrs: [1e-2], lora_rank: 2, start: magnitude}
   part of full: {kind: interpolated, of: full, alphas: [0, 0.5, 1]}
   part of control: {kind: interpolated, of: control, alphas: [0, 0.5, 1]}
   part of lora: {kind: interpolated, of: lora, alphas: [0, 0.5, 1]}
@@ -307,6 +309,23 @@ def test_an_arm_may_begin_at_another_ones_end(ground):
     for name, weight in ground.weights("mask on control").items():
         assert ((weight == control[name]) | (weight == 0)).all()
         assert (weight == 0).any()
+
+
+def test_kept_weights_are_trained_where_the_pruned_start_is_not_0(ground):
+    ground.run("magnitude")
+    found = ground.run("kept on magnitude")
+    pruned, trained = ground.weights("magnitude"), ground.weights("kept on magnitude")
+    assert trained.keys() == pruned.keys()
+    for name, weight in trained.items():
+        assert torch.equal(weight == 0, pruned[name] == 0)
+        assert (weight != pruned[name]).float().mean() > 0.8
+    assert found.bytes == 2 * sum(int(weight.count_nonzero()) for weight in pruned.values())
+
+
+def test_an_arm_may_begin_at_a_pruned_model(ground):
+    still = ground.run("lora on magnitude", lr=1e-9)
+    assert still.loss == pytest.approx(ground.run("magnitude").loss, abs=1e-6)
+    assert ground.run("lora on magnitude").loss < still.loss
 
 
 def test_what_is_forgotten_is_measured_on_other_text(ground):
