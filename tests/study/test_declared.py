@@ -102,8 +102,14 @@ OTHERS = """
         ("kind: lora, lrs: [1], max_bytes: -1", "max_bytes must be at least 0, got -1"),
         ("kind: quantized, quantization: nf5", "quantization must be one of nf4, nf4-dq, int8"),
         ("kind: ternary, of: LoRA, shares: [0.1]", "of must name an arm of the kinds full, continued, control"),
-        ("kind: bitdelta, of: full, lrs: [1]", "of must name an arm of the kinds control, kept_weights: control, got fu"),
-        ("kind: coded, of: MFT 0.9, formats: [nf4]", "of must name an arm of the kinds full, continued, control, kept_weights, lora"),
+        (
+            "kind: bitdelta, of: full, lrs: [1]",
+            "of must name an arm of the kinds control, kept_weights: control, got fu",
+        ),
+        (
+            "kind: coded, of: MFT 0.9, formats: [nf4]",
+            "of must name an arm of the kinds full, continued, control, kept_weights, lora",
+        ),
         ("kind: in_codes, of: LoRA", "of must name an arm that begins at a quantized one, got "),
         ("kind: in_codes, of: control", "of must name an arm of the kinds lora, peft, mask"),
         ("kind: interpolated, of: x, alphas: [1]", "of must name an arm of the kinds"),

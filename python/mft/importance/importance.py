@@ -64,7 +64,7 @@ def importance(
     for argument, value in (("rows", rows), ("batch_size", batch_size)):
         check_rule(value >= 1, argument, "be at least 1", value)
     modules = linear_modules(model, names)
-    batches = list(_calibration(dataset, rows, batch_size, seed)) if method in _BY_DATA else []
+    batches = list(calibration_batches(dataset, rows, batch_size, seed)) if method in _BY_DATA else []
     found: dict[str, Tensor] = {}
     with keep_all_weights(model), evaluating(model), contextlib.ExitStack() as stack:
         if batches:
@@ -97,12 +97,27 @@ def input_norms(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Return the norms ||x_j||_2 of each layer's input, for wanda: fp32 (K,), or (E, 1, K). Args: see importance."""
-    model, batches = placed.model, list(_calibration(dataset, rows, batch_size, seed))
+    model, batches = placed.model, list(calibration_batches(dataset, rows, batch_size, seed))
     with keep_all_weights(model), evaluating(model), placed.reading(dataset, batch_size) as reader:
         if reader.model is not model:  # a copy has its own modules, but reports experts under the model's names
             copied = reader.model.get_submodule
             modules = {name: m if m.weight.dim() == 3 else copied(name) for name, m in modules.items()}
         return _input_norms(reader.model, modules, batches, lambda batch: list(reader.hidden_states([batch])))
+
+
+def calibration_batches(dataset, rows: int, batch_size: int, seed: int) -> Iterator[MicroBatch]:
+    """Yield batches of at most ``rows`` rows in total, drawn without replacement."""
+    check_rule(len(dataset) > 0, "dataset", "hold at least one row to calibrate on", len(dataset))
+    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
+    for start in range(0, len(drawn), batch_size):
+        yield take_rows(dataset, drawn[start : start + batch_size])
+
+
+def content_positions(labels: Tensor) -> Tensor:
+    """Return (B, T): True up to a row's last label. A row without labels is all True, as its padding is unknown."""
+    labelled = (labels != -100).int()
+    to_come = labelled.flip(1).cumsum(1).flip(1)
+    return (to_come > 0) | (labelled.sum(1, keepdim=True) == 0)
 
 
 # ---------------------------------------------------------------------------------------------- importance
@@ -174,17 +189,10 @@ def _input_norms(
         if experts:
             hooks.enter_context(watch_experts(model, add_squares_of_experts))
         for batch in batches:
-            real = _content_positions(batch.labels).flatten()
+            real = content_positions(batch.labels).flatten()
             run(batch)
     norms = {name: total.sqrt().float() for name, total in sums.items()}
     return {name: norm.unsqueeze(1) if name in experts else norm for name, norm in norms.items()}
-
-
-def _content_positions(labels: Tensor) -> Tensor:
-    """Return (B, T): True up to a row's last label. A row without labels is all True, as its padding is unknown."""
-    labelled = (labels != -100).int()
-    to_come = labelled.flip(1).cumsum(1).flip(1)
-    return (to_come > 0) | (labelled.sum(1, keepdim=True) == 0)
 
 
 def _read(model: nn.Module, batch: MicroBatch) -> Tensor:
@@ -240,17 +248,6 @@ def _requiring_grad(model: nn.Module, chosen: Iterable[nn.Parameter]) -> Iterato
         for parameter, required, grad in before:
             parameter.requires_grad_(required)
             parameter.grad = grad
-
-
-# ---------------------------------------------------------------------------------------------- private
-
-
-def _calibration(dataset, rows: int, batch_size: int, seed: int) -> Iterator[MicroBatch]:
-    """Yield batches of at most ``rows`` rows in total, drawn without replacement."""
-    check_rule(len(dataset) > 0, "dataset", "hold at least one row to calibrate on", len(dataset))
-    drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
-    for start in range(0, len(drawn), batch_size):
-        yield take_rows(dataset, drawn[start : start + batch_size])
 
 
 def linear_modules(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from mft.config import IMPORTANCE_METHODS
 from mft_study.arms.adapters import Lora, Peft
 from mft_study.arms.arm import Arm
 from mft_study.arms.coded import Coded
+from mft_study.arms.compensated import Rounded, SparseGpt
 from mft_study.arms.compressed import BitDelta, SparseDelta, Ternary
 from mft_study.arms.full import Base, Continued, Control, Full, KeptWeights
 from mft_study.arms.masks import Mask, OneShot
@@ -25,8 +26,10 @@ KINDS: dict[str, type[Arm]] = {
     "peft": Peft,
     "mask": Mask,
     **dict.fromkeys(IMPORTANCE_METHODS, OneShot),  # random, magnitude, magnitude_rows, wanda, gradient, fisher
+    "sparsegpt": SparseGpt,
     "temperature": Temperature,
     "quantized": Quantized,
+    "rounded": Rounded,
     "average": Average,
     "interpolated": Interpolated,
     "bitdelta": BitDelta,
