@@ -6,10 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import make_gpt2, make_llama, padded_rows
-from tiny_study import FULL, make_study, run_quietly
+from tiny_study import FULL, equal, make_study, run_quietly
 
+from mft.config import MaskConfig
 from mft.models.causal_lm import decoder_layers
 from mft_study import compensated
+from mft_study.arms.arm import Ground
+from mft_study.arms.kinds import make_arm
+from mft_study.arms.setting import Setting
 from mft_study.compensated import GROUP, compensate, pruned, rounded, rounded_bytes
 from mft_study.outcome import Unit
 from mft_study.store import Store
@@ -211,6 +215,16 @@ def test_arms_are_made_and_others_begin_there(ground):
         for weight in weights[arm].values():
             assert max(len(row.unique()) for group in weight.split(GROUP, 1) for row in group) <= 2**bits
     assert outcome["lora"].loss < outcome["rounded"].loss
+
+
+def test_the_start_stays_as_it_was_and_new_weights_have_its_dtype():
+    start = make_llama(torch.bfloat16)
+    before = {name: p.detach().clone() for name, p in start.named_parameters()}
+    arm = make_arm("rounded", bits=2)
+    weights = arm.made_weights(Ground(start, start, [UP], MaskConfig(), Setting(), 0, padded_rows))
+    assert equal({n: p.detach() for n, p in start.named_parameters()}, before)
+    assert {name: weight.dtype for name, weight in weights.items()} == {f"{UP}.weight": torch.bfloat16}
+    assert not torch.equal(weights[f"{UP}.weight"], before[f"{UP}.weight"])
 
 
 def test_bytes_are_codes_and_two_numbers_per_group():

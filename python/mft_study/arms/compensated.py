@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -63,10 +64,10 @@ class Rounded(Arm):
 
 
 def _made(ground: Ground, change: Callable[[Tensor, Tensor], Tensor]) -> Weights:
-    from mft.models.causal_lm import clone_with_own_weights
     from mft.models.linears import weight_name
     from mft_study.compensated import compensate
 
-    model = clone_with_own_weights(ground.start, ground.layers)
+    model = copy.deepcopy(ground.start).float()  # in bfloat16, a layer's remembered inputs differ by too much
     changed = compensate(model, ground.layers, change, ground.rows(), seed=ground.seed)
-    return {weight_name(ground.start, name): weight.detach().cpu() for name, weight in changed.items()}
+    named = {weight_name(ground.start, name): weight.detach() for name, weight in changed.items()}
+    return {name: weight.to("cpu", ground.start.get_parameter(name).dtype) for name, weight in named.items()}
