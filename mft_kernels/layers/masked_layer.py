@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..mask.held import Weight
-from ..mask.masking import CurrentMask, current_mask
+from ..mask.masking import CurrentMask, Rule, current_mask
 from ..mask.scores import watch
 from ..ops.checks import (
     MODES,
@@ -86,6 +86,11 @@ class MaskedLayer(nn.Module):
     def threshold(self, value: float | None) -> None:
         self._threshold, self._moving_threshold = value, None
 
+    @property
+    def rule(self) -> Rule:
+        """How the layer selects its mask: current_mask(scores, *rule)."""
+        return Rule(self._keep_ratio, self._threshold, self.mode)
+
     def move_threshold(self, value: float) -> None:
         """Set a threshold that changes often, for instance once per optimiser step.
 
@@ -151,7 +156,7 @@ class MaskedLayer(nn.Module):
     def current_mask(self) -> CurrentMask:
         """Select from the current scores again; return threshold, packed mask and packed signs."""
         try:
-            return current_mask(self.scores, self.keep_ratio, self.threshold, self.mode, anew=True)
+            return current_mask(self.scores, *self.rule, anew=True)
         except NonFiniteScores as error:
             raise self._name_error(error) from None
 
@@ -199,8 +204,8 @@ class MaskedLayer(nn.Module):
     def get_extra_state(self) -> Tensor:
         """Return keep_ratio, mode's place in MODES, and a fixed threshold as (1, value), else (0, 0): float64 (4,)."""
         fixed = self.threshold is not None
-        rule = (self.keep_ratio, MODES.index(self.mode), fixed, self.threshold if fixed else 0)
-        return torch.tensor(rule, dtype=torch.float64)
+        values = (self.keep_ratio, MODES.index(self.mode), fixed, self.threshold if fixed else 0)
+        return torch.tensor(values, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Do nothing: loading compares the rules, and refuses one that differs."""
@@ -216,12 +221,11 @@ class MaskedLayer(nn.Module):
             missing_keys[:] = [missing for missing in missing_keys if missing != key]
             return
         keep_ratio, mode, fixed, threshold = state_dict[key].tolist()
-        saved = keep_ratio, threshold if fixed else None, MODES[int(mode)]
-        if saved != (self.keep_ratio, self.threshold, self.mode):
+        saved = Rule(keep_ratio, threshold if fixed else None, MODES[int(mode)])
+        if saved != self.rule:
             error_msgs.append(
-                f"{prefix}scores must be loaded into a layer that selects as the saved one did, with keep_ratio="
-                f"{saved[0]}, threshold={saved[1]}, mode={saved[2]!r}, got one with keep_ratio={self.keep_ratio}, "
-                f"threshold={self.threshold}, mode={self.mode!r}: set these three to the saved ones first"
+                f"{prefix}scores must be loaded into a layer that selects as the saved one did, with "
+                f"{_told(saved)}, got one with {_told(self.rule)}: set these three to the saved ones first"
             )
 
     def __setstate__(self, state: dict) -> None:
@@ -247,3 +251,7 @@ class MaskedLayer(nn.Module):
         if self._moving_threshold is not None:
             self._moving_threshold = self._moving_threshold.to(self.scores.device)
         return self
+
+
+def _told(rule: Rule) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in rule._asdict().items())

@@ -13,7 +13,7 @@ from ..ops.linear import MASKED_LINEAR_PACKED, MASKED_LINEAR_PACKED_BACKWARD
 from ..ops.route import Op, is_called_by_graph, is_seen_by_others
 from ..ops.straight_through import StraightThrough
 from ..reference.fixed_point import selectable
-from .masking import CurrentMask, current_mask, refreshed_mask, remembered_mask
+from .masking import CurrentMask, Rule, current_mask, refreshed_mask, remembered_mask
 
 
 def masked_linear_by_ratio(
@@ -73,7 +73,7 @@ class ForwardMaskGradient(StraightThrough):
 
     def save(self, ctx: Any, call: Any) -> None:
         super().save(ctx, call)
-        ctx.mask = remembered_mask(call.scores, (call.keep_ratio, call.threshold, call.mode))
+        ctx.mask = remembered_mask(call.scores, _rule(call))
 
     def _gradients(self, ctx: Any, given: tuple) -> tuple[Tensor, ...]:
         # A trace would keep this mask even when the scores change. The op refuses a second derivative.
@@ -91,8 +91,12 @@ def _check_rule(call: Any) -> Any:
     return call
 
 
+def _rule(call: Any) -> Rule:
+    return Rule(call.keep_ratio, call.threshold, call.mode)
+
+
 def _mask(call: Any, *, remember: bool) -> CurrentMask:
-    return current_mask(call.scores, call.keep_ratio, call.threshold, call.mode, remember=remember)
+    return current_mask(call.scores, *_rule(call), remember=remember)
 
 
 def _sign(call: Any) -> Tensor | None:

@@ -7,7 +7,7 @@ the host waits for the device once; see companions.py.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,14 @@ class CurrentMask:
     signs: Tensor | None  # packed's shape and dtype
 
 
-Rule = tuple[float, float | None, str]  # keep_ratio, threshold, mode
+class Rule(NamedTuple):
+    """How a layer selects its mask: the arguments of current_mask after the scores."""
+
+    keep_ratio: float
+    threshold: float | None
+    mode: str
+
+
 _NOT_FINITE = -1  # stands in place of a count of zeros
 
 
@@ -67,7 +74,7 @@ def current_mask(
     if type(scores) is not Scores:
         checks.check_whole("scores", scores)
         return _find_mask(scores, keep_ratio, threshold, mode)
-    rule = keep_ratio, threshold, mode
+    rule = Rule(keep_ratio, threshold, mode)
     if _is_capturing(scores):
         scores.in_graph = True  # a CUDA graph replays what it captured, so the selection has to be in it
     elif not anew and (remembered := remembered_mask(scores, rule)) is not None:
@@ -106,7 +113,7 @@ def remembered_mask(scores: Tensor, rule: Rule) -> CurrentMask | None:
     return memo.mask if memo is not None and memo.rule == rule and still(scores, memo.state) else None
 
 
-def refreshed_mask(scores: Tensor, rule: Rule) -> CurrentMask | None:
+def refreshed_mask(scores: Tensor, rule: tuple) -> CurrentMask | None:
     """Return the current mask of ``scores`` if they have had a mask by this rule, which is then valid, else None."""
     if type(scores) is not Scores:
         return None
@@ -149,7 +156,7 @@ def _find_together(scores: Scores, now: State, rule: Rule, stream: Any) -> _Memo
 
 
 def _find_mask(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str) -> CurrentMask:
-    (mask,) = _find_masks([(scores, (keep_ratio, fixed, mode))])
+    (mask,) = _find_masks([(scores, Rule(keep_ratio, fixed, mode))])
     if mask is None:
         raise checks.NonFiniteScores(selectable(scores.detach()))
     return mask

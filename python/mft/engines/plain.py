@@ -53,7 +53,7 @@ class PlainStates(States):
 
     def packed_masks(self) -> list[Tensor]:
         """See step.States. The masks selected here are reused by the next forward."""
-        return [current_mask(m.scores, m.keep_ratio, m.threshold, m.mode).packed for m in self._masked]
+        return [current_mask(m.scores, *m.rule).packed for m in self._masked]
 
     def refresh(self) -> None:
         self.stepper.copy_masters()

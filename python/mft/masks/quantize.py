@@ -184,7 +184,7 @@ class QuantizedMaskedLinear(MaskedLinear):
         if not (plain and can_skip_dense(self.quantized, x, self.scores)):
             return super().forward(x)
         try:
-            mask = current_mask(self.scores, self.keep_ratio, self.threshold, self.mode)
+            mask = current_mask(self.scores, *self.rule)
         except NonFiniteScores as error:
             raise self._name_error(error) from None
         return masked_product(x, self.quantized, mask, self.scores, self.bias, mode=self.mode)
@@ -216,7 +216,7 @@ class QuantizedMaskedGroupedLinear(MaskedGroupedLinear):
         if not plain or is_seen_by_others(x, self.scores, self.quantized.codes, offsets):
             return super().forward(x, offsets)
         try:
-            mask = current_mask(self.scores, self.keep_ratio, self.threshold, self.mode)
+            mask = current_mask(self.scores, *self.rule)
         except NonFiniteScores as error:
             raise self._name_error(error) from None
         return _GroupedMaskedProduct.apply(x, self.scores, self.bias, offsets, self, mask)
