@@ -13,6 +13,7 @@ from torch import Tensor
 from .codes import Codes
 
 MODES = ("magnitude", "value")
+PATTERNS = ("matrix", "row", "2:4", "4:8")  # of a keep ratio; see reference.pattern_mask
 MOST_MASKS = 16  # in a product with one mask per row: a kernel takes the address of each mask
 
 

@@ -128,6 +128,7 @@ class MaskAdamW(Optimizer):
         grad_scale: Tensor | None = None,
         keep_ratio: float | None = None,
         threshold: Tensor | None = None,
+        pattern: str = "matrix",
     ) -> tuple[Tensor, Tensor] | None:
         """Run score_step on one of params with the options of its group, and count the step.
 
@@ -136,6 +137,7 @@ class MaskAdamW(Optimizer):
             grad, weight, grad_scale, keep_ratio, threshold: see score_step; grad and weight have p's shape. If p is
                 spread, grad and weight are plain tensors with this process's rows, and keep_ratio is None: no process
                 knows the threshold by itself.
+            pattern: where keep_ratio holds; see MaskedLinear.
             tensors: copies of tensors(p) on grad's device, updated instead of the originals.
         Returns: (threshold, packed mask) of the new scores if keep_ratio is given. For experts, (E,) and one mask each.
         Raises: ValueError if p is not one of params.
@@ -143,7 +145,7 @@ class MaskAdamW(Optimizer):
         asked = {"grad_scale": grad_scale, "keep_ratio": keep_ratio, "threshold": threshold}
         tensors = self.tensors(p) if tensors is None else tensors
         (now,) = self._next(self._place(p)[0], [p])
-        result = self._step(p, grad, weight, tensors, asked, now)
+        result = self._step(p, grad, weight, tensors, asked, now, pattern)
         self._count([p])
         return result
 
@@ -248,6 +250,7 @@ class MaskAdamW(Optimizer):
         tensors: dict[str, Tensor],
         asked: dict[str, Any],
         now: tuple[Any, Any],
+        pattern: str = "matrix",
     ) -> tuple[Tensor, Tensor] | None:
         """Take the step with the number and rate ``now``, without counting it."""
         group, place = self._place(p)
@@ -266,8 +269,9 @@ class MaskAdamW(Optimizer):
                 f"keep_ratio must be None for scores that are spread over processes, got {asked['keep_ratio']}: a "
                 "threshold needs the scores of all processes; see mask/shared_threshold.py"
             )
-        of_each = asked.get("keep_ratio") if tensors["scores"].dim() == 3 else None
-        if of_each is not None:
+        # The step finds one threshold for one matrix. For experts, and for a pattern, the masks are selected after it.
+        ratio = asked.get("keep_ratio") if tensors["scores"].dim() == 3 or pattern != "matrix" else None
+        if ratio is not None:
             asked = asked | {"keep_ratio": None, "threshold": None}
         result = None
         for key, of_part in _parts(p, place, (tensors["scores"].detach(), grad, weight), tensors):
@@ -282,9 +286,9 @@ class MaskAdamW(Optimizer):
                 mode=group["mode"],
                 **asked,
             )
-        if of_each is None:
+        if ratio is None:
             return result
-        return select_mask(tensors["scores"], of_each, None, group["mode"], with_signs=False)[:2]
+        return select_mask(tensors["scores"], ratio, None, group["mode"], pattern, with_signs=False)[:2]
 
 
 def _parts(

@@ -30,6 +30,9 @@ class MaskedLinear(MaskedLayer):
             autograd gives it no gradient, so it learns only through hold(). Casting the module does not change the
             scores' dtype.
         threshold: a fixed threshold instead of keep_ratio.
+        pattern: where a keep_ratio holds. "matrix": in the whole matrix, and ties are all kept. "row": in each row, so
+            that all outputs keep equally many inputs. "2:4" and "4:8": of each 4 (8) adjacent inputs 2 (4) are kept;
+            keep_ratio must be 0.5. Except in "matrix", of equal scores those of the first columns are kept.
     Shapes: weight and scores (out_features, in_features), bias (out_features,); x (..., in_features).
     """
 
@@ -46,11 +49,12 @@ class MaskedLinear(MaskedLayer):
         dtype: torch.dtype | None = None,
         scores_dtype: torch.dtype | None = None,
         threshold: float | None = None,
+        pattern: str = "matrix",
     ) -> None:
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
-        self._adopt(linear.weight, linear.bias, keep_ratio, mode, init, scores_dtype, threshold, None)
+        self._adopt(linear.weight, linear.bias, keep_ratio, mode, init, scores_dtype, threshold, None, pattern)
 
     @classmethod
     def from_linear(
@@ -63,6 +67,7 @@ class MaskedLinear(MaskedLayer):
         scores_dtype: torch.dtype | None = None,
         threshold: float | None = None,
         generator: torch.Generator | None = None,
+        pattern: str = "matrix",
     ) -> "MaskedLinear":
         """Make a masked layer on the memory of ``linear``'s weight and bias, in its training mode.
 
@@ -76,7 +81,7 @@ class MaskedLinear(MaskedLayer):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._adopt(linear.weight, linear.bias, keep_ratio, mode, init, scores_dtype, threshold, generator)
+        self._adopt(linear.weight, linear.bias, keep_ratio, mode, init, scores_dtype, threshold, generator, pattern)
         return self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,6 +102,7 @@ class MaskedLinear(MaskedLayer):
                 keep_ratio=self._keep_ratio,
                 threshold=self._threshold,
                 mode=self.mode,
+                pattern=self.pattern,
             )
         except NonFiniteScores as error:
             raise self._name_error(error) from None

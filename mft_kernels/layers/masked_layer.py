@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..mask.held import Weight
 from ..mask.masking import CurrentMask, Rule, current_mask
 from ..mask.scores import watch
+from ..operands import PATTERNS
 from ..ops.checks import (
     MODES,
     NonFiniteScores,
@@ -20,6 +21,7 @@ from ..ops.checks import (
     check_keep_ratio,
     check_mode,
     check_packed,
+    check_pattern,
     check_scores_dtype,
     check_tensor,
 )
@@ -39,6 +41,7 @@ class MaskedLayer(nn.Module):
     """
 
     masks_weight = True  # see maskable.py
+    pattern = "matrix"  # see MaskedLinear; it may be changed at any time
     _moving_threshold: Tensor | None = None  # what a compiled graph reads; see move_threshold
     in_features: int
     out_features: int
@@ -46,10 +49,13 @@ class MaskedLayer(nn.Module):
     bias: Any
     scores: Any
 
-    def _adopt(self, weight, bias, keep_ratio, mode, init, scores_dtype, threshold, generator) -> None:
+    def _adopt(
+        self, weight, bias, keep_ratio, mode, init, scores_dtype, threshold, generator, pattern="matrix"
+    ) -> None:
         """Take over a weight and bias, freeze them, and initialise the scores."""
         check_mode(mode)
         check_fixed_threshold(threshold)
+        check_pattern(pattern, keep_ratio, threshold, weight.shape)
         weight = weight.detach()
         if scores_dtype is None:
             scores_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -57,6 +63,7 @@ class MaskedLayer(nn.Module):
         self.keep_ratio = keep_ratio
         self.mode = mode
         self.threshold = threshold
+        self.pattern = pattern
         self.module_name = ""  # its place in a model, for messages
         self._held: tuple[Tensor, Tensor | None, Weight | None] | None = None
         self.weight = nn.Parameter(weight, requires_grad=False)
@@ -88,8 +95,9 @@ class MaskedLayer(nn.Module):
 
     @property
     def rule(self) -> Rule:
-        """How the layer selects its mask: current_mask(scores, *rule)."""
-        return Rule(self._keep_ratio, self._threshold, self.mode)
+        """How the layer selects its mask: current_mask(scores, *rule). Raises: ValueError if no such mask exists."""
+        check_pattern(self.pattern, self._keep_ratio, self._threshold, self.scores.shape, self.module_name)
+        return Rule(self._keep_ratio, self._threshold, self.mode, self.pattern)
 
     def move_threshold(self, value: float) -> None:
         """Set a threshold that changes often, for instance once per optimiser step.
@@ -184,7 +192,7 @@ class MaskedLayer(nn.Module):
         kept = f"keep_ratio={self.keep_ratio}" if self.threshold is None else f"threshold={self.threshold}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"{kept}, mode={self.mode!r}"
+            f"{kept}, mode={self.mode!r}" + ("" if self.pattern == "matrix" else f", pattern={self.pattern!r}")
         )
 
     def _name_error(self, error: NonFiniteScores) -> NonFiniteScores:
@@ -202,9 +210,18 @@ class MaskedLayer(nn.Module):
     # tensor, because safetensors takes nothing else.
 
     def get_extra_state(self) -> Tensor:
-        """Return keep_ratio, mode's place in MODES, and a fixed threshold as (1, value), else (0, 0): float64 (4,)."""
+        """Return the rule as float64 (5,): keep_ratio, mode, whether a threshold is fixed, its value or 0, pattern.
+
+        mode and pattern are places in MODES and PATTERNS.
+        """
         fixed = self.threshold is not None
-        values = (self.keep_ratio, MODES.index(self.mode), fixed, self.threshold if fixed else 0)
+        values = (
+            self.keep_ratio,
+            MODES.index(self.mode),
+            fixed,
+            self.threshold if fixed else 0,
+            PATTERNS.index(self.pattern),
+        )
         return torch.tensor(values, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -220,12 +237,13 @@ class MaskedLayer(nn.Module):
         if key not in state_dict:  # a state that was saved without the rule
             missing_keys[:] = [missing for missing in missing_keys if missing != key]
             return
-        keep_ratio, mode, fixed, threshold = state_dict[key].tolist()
-        saved = Rule(keep_ratio, threshold if fixed else None, MODES[int(mode)])
+        keep_ratio, mode, fixed, threshold, *pattern = state_dict[key].tolist()
+        pattern = PATTERNS[int(pattern[0])] if pattern else "matrix"  # earlier states have four values
+        saved = Rule(keep_ratio, threshold if fixed else None, MODES[int(mode)], pattern)
         if saved != self.rule:
             error_msgs.append(
                 f"{prefix}scores must be loaded into a layer that selects as the saved one did, with "
-                f"{_told(saved)}, got one with {_told(self.rule)}: set these three to the saved ones first"
+                f"{_told(saved)}, got one with {_told(self.rule)}: set these to the saved ones first"
             )
 
     def __setstate__(self, state: dict) -> None:

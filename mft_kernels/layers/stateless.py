@@ -15,7 +15,7 @@ class MaskedLinear(nn.Module):
     """``y = x @ where(keep, weight, 0).T + bias``, with the result and the gradients of mft_kernels.MaskedLinear.
 
     The module must have these members: weight (N, K), bias (N,) or None, scores (N, K), keep_ratio, threshold and mode.
-    An mft_kernels.MaskedLinear may also use hold().
+    It may have a pattern. An mft_kernels.MaskedLinear may also use hold().
     Shapes: x (..., K), not nested. The result is (..., N) in x's dtype.
     """
 
@@ -42,4 +42,5 @@ class MaskedLinear(nn.Module):
             keep_ratio=self.keep_ratio,
             threshold=self.threshold,
             mode=self.mode,
+            pattern=getattr(self, "pattern", "matrix"),
         )

@@ -25,15 +25,16 @@ def masked_linear_by_ratio(
     keep_ratio: float,
     threshold: float | None = None,
     mode: str = "magnitude",
+    pattern: str = "matrix",
     backend: str = "auto",
 ) -> Tensor:
     """Compute masked_linear with the threshold that keeps ``keep_ratio`` of the scores, or a fixed one.
 
     Gradients are those of masked_linear. For a MaskedLinear's scores, threshold and bits are found only when the scores
     have changed. Other forwards and backwards read 2 bits per weight instead. For any other tensor they are found in
-    each forward and backward. int16 scores (see fixed_point.py) get no gradient.
+    each forward and backward. int16 scores (see fixed_point.py) get no gradient. For pattern see MaskedLinear.
     """
-    return _BY_RATIO(x, weight, scores, bias, keep_ratio, threshold, mode, backend)
+    return _BY_RATIO(x, weight, scores, bias, keep_ratio, threshold, mode, pattern, backend)
 
 
 def masked_linear_grouped_by_ratio(
@@ -88,11 +89,12 @@ def _check_rule(call: Any) -> Any:
     checks.check_scores(selectable(call.scores), call.weight)
     checks.check_keep_ratio(call.keep_ratio)
     checks.check_fixed_threshold(call.threshold)
+    checks.check_pattern(call.pattern, call.keep_ratio, call.threshold, call.scores.shape)
     return call
 
 
 def _rule(call: Any) -> Rule:
-    return Rule(call.keep_ratio, call.threshold, call.mode)
+    return Rule(call.keep_ratio, call.threshold, call.mode, call.pattern)
 
 
 def _mask(call: Any, *, remember: bool) -> CurrentMask:

@@ -27,7 +27,7 @@ class CurrentMask:
     autograd needs no sign.
     """
 
-    threshold: Tensor  # (); or (E,) for experts' scores (E, N, K) that keep a ratio
+    threshold: Tensor  # (); or (E,) for experts' scores (E, N, K) that keep a ratio; 0 with a pattern
     packed: Tensor  # int32 (N, ceil(K / 32)) or (E, N, ceil(K / 32))
     signs: Tensor | None  # packed's shape and dtype
 
@@ -38,6 +38,7 @@ class Rule(NamedTuple):
     keep_ratio: float
     threshold: float | None
     mode: str
+    pattern: str = "matrix"
 
 
 _NOT_FINITE = -1  # stands in place of a count of zeros
@@ -56,6 +57,7 @@ def current_mask(
     keep_ratio: float,
     threshold: float | None,
     mode: str,
+    pattern: str = "matrix",
     *,
     anew: bool = False,
     remember: bool = True,
@@ -65,28 +67,29 @@ def current_mask(
     Args:
         scores: (N, K), or (E, N, K) for experts.
         threshold: a fixed one, or None to find the one that keeps ``keep_ratio``, for each expert.
+        mode, pattern: see MaskedLinear.
         anew: select again even if a mask is remembered; for what is saved, shown or reported.
         remember: whether to remember what is selected. A graph must not: torch.compile raises the version of the scores
             before it runs a graph that will write to them. The new version would be remembered with the old mask.
     Raises: NonFiniteScores (a ValueError), except while a CUDA graph is captured. ValueError if scores are spread over
         processes.
     """
+    rule = Rule(keep_ratio, threshold, mode, pattern)
     if type(scores) is not Scores:
         checks.check_whole("scores", scores)
-        return _find_mask(scores, keep_ratio, threshold, mode)
-    rule = Rule(keep_ratio, threshold, mode)
+        return _find_mask(scores, rule)
     if _is_capturing(scores):
         scores.in_graph = True  # a CUDA graph replays what it captured, so the selection has to be in it
     elif not anew and (remembered := remembered_mask(scores, rule)) is not None:
         return remembered
     if not remember:
-        return _find_mask(scores, *rule)
+        return _find_mask(scores, rule)
     now, stream = state(scores), companions.stream_of(scores)  # before the selection, so that a write during it is seen
     if now is None:
         scores.memo = scores.ahead = None
-        return _find_mask(scores, *rule)
+        return _find_mask(scores, rule)
     if stream is None or anew:
-        memo, scores.ahead = _Memo(now, rule, _find_mask(scores, *rule), stream), None
+        memo, scores.ahead = _Memo(now, rule, _find_mask(scores, rule), stream), None
     else:
         memo = _find_together(scores, now, rule, stream)
     scores.memo = memo
@@ -155,8 +158,8 @@ def _find_together(scores: Scores, now: State, rule: Rule, stream: Any) -> _Memo
     return memos[0]
 
 
-def _find_mask(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str) -> CurrentMask:
-    (mask,) = _find_masks([(scores, Rule(keep_ratio, fixed, mode))])
+def _find_mask(scores: Tensor, rule: Rule) -> CurrentMask:
+    (mask,) = _find_masks([(scores, rule)])
     if mask is None:
         raise checks.NonFiniteScores(selectable(scores.detach()))
     return mask
@@ -167,7 +170,7 @@ def _find_masks(wanted: list[tuple[Tensor, Rule]]) -> list[CurrentMask | None]:
 
     The host waits for the device once, and not at all in a capture.
     """
-    launched = [_launch(scores, *rule) for scores, rule in wanted]
+    launched = [_launch(scores, rule) for scores, rule in wanted]
     _, bad, _ = launched[0]
     if bad is None:
         return [mask for mask, _, _ in launched]
@@ -181,18 +184,18 @@ def _find_masks(wanted: list[tuple[Tensor, Rule]]) -> list[CurrentMask | None]:
     ]
 
 
-def _launch(scores: Tensor, keep_ratio: float, fixed: float | None, mode: str):
+def _launch(scores: Tensor, rule: Rule):
     """Return the mask, whether scores are not finite, and how many are 0. The mask has signs as if none were 0.
 
     Within a CUDA graph the host cannot read results. Scores that are not finite then give the threshold NaN, which
     keeps no weight, and the sign comes from the scores.
     """
     captured = _is_capturing(scores)
-    with_signs = mode != "value" and scores.dtype != torch.int16 and not captured
-    threshold, packed, signs, zeros = select_mask(scores, keep_ratio, fixed, mode, with_signs=with_signs)
+    with_signs = rule.mode != "value" and scores.dtype != torch.int16 and not captured
+    threshold, packed, signs, zeros = select_mask(scores, *rule, with_signs=with_signs)
     mask = CurrentMask(threshold, packed, signs if with_signs else None)
     if captured:
         return mask, None, zeros
-    if fixed is None:
+    if rule.threshold is None:
         return mask, selectable(threshold).isnan().any(), zeros
     return mask, ~selectable(scores.detach()).isfinite().all(), zeros

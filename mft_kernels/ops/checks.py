@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._C import _functorch as functorch  # no public function tells whether torch.func tracks a tensor
 from torch.autograd import forward_ad
 
-from ..operands import MODES
+from ..operands import MODES, PATTERNS
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STEPPED = (torch.float32, torch.bfloat16, torch.int16)  # dtypes of scores that an optimiser step takes
@@ -38,6 +38,40 @@ def check_keep_ratio(keep_ratio: float) -> None:
     check_number("keep_ratio", keep_ratio)
     if not 0 <= keep_ratio <= 1:
         raise ValueError(f"keep_ratio must lie in [0, 1] (the share of the weights that is kept), got {keep_ratio}")
+
+
+def check_pattern(
+    pattern: str, keep_ratio: float, threshold: float | None, shape: tuple[int, ...] | torch.Size, module: str = ""
+) -> None:
+    """Raise unless weights of ``shape`` can be selected in this pattern by this rule."""
+    of = f" of module {module!r}" if module else ""
+    where = f"pattern{of}"
+    if pattern not in PATTERNS:
+        raise ValueError(f"{where} must be one of {', '.join(PATTERNS)}, got {pattern!r}")
+    if pattern == "matrix":
+        return
+    if threshold is not None:
+        raise ValueError(
+            f"{where} must be matrix with a threshold, got {pattern} and threshold {threshold}: a pattern keeps a "
+            "share of each group; set threshold to None, and keep_ratio"
+        )
+    if len(shape) != 2:
+        raise ValueError(
+            f"{where} must be matrix for experts in one parameter, got {pattern} for a weight of {tuple(shape)}: "
+            "leave pattern out, or mask other layers"
+        )
+    if pattern == "row":
+        return
+    size = int(pattern.partition(":")[2])
+    if keep_ratio != 0.5:
+        raise ValueError(
+            f"keep_ratio{of} must be 0.5 with pattern {pattern}, got {keep_ratio}: set it to 0.5, or pattern to row"
+        )
+    if shape[-1] % size:
+        raise ValueError(
+            f"{where} must be row or matrix if in_features is no multiple of {size}, got {pattern} for a weight of "
+            f"{tuple(shape)}: choose row, or mask other layers"
+        )
 
 
 def check_alpha(alpha: float) -> None:

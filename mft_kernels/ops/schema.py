@@ -31,6 +31,7 @@ class Call:
     scores: Any = None
     signs: Any = None
     mode: Any = "value"
+    pattern: Any = "matrix"
 
 
 #: The class of each op's calls. Typed Any, because mypy cannot know the fields of a class made from a schema.
@@ -109,9 +110,9 @@ _define_with_gradients(
 )
 _define_with_gradients(
     "masked_linear_by_ratio(Tensor x, Tensor weight, Tensor scores, Tensor? bias, float keep_ratio, float? threshold, "
-    "str mode, str backend)",
+    "str mode, str pattern, str backend)",
     "masked_linear_by_ratio_backward(Tensor grad_output, Tensor x, Tensor weight, Tensor scores, float keep_ratio, "
-    "float? threshold, str mode, bool[4] output_mask, str backend)",
+    "float? threshold, str mode, str pattern, bool[4] output_mask, str backend)",
 )
 _define(
     "masked_linear_many(Tensor x, Tensor weight, Tensor[] masks, Tensor tasks, Tensor? bias, str backend) -> Tensor",

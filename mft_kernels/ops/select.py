@@ -101,6 +101,7 @@ def select_mask(
     keep_ratio: float,
     threshold: float | None,
     mode: str,
+    pattern: str = "matrix",
     *,
     with_signs: bool = True,
     backend: str = "auto",
@@ -113,10 +114,14 @@ def select_mask(
     Args:
         scores: (N, K), or (E, N, K) for experts; floating or int16 (see fixed_point.py).
         threshold: a fixed one, or None to find the one that keeps ``keep_ratio`` of each matrix.
+        pattern: "matrix", or another of PATTERNS for scores (N, K) without a fixed threshold; see
+            reference.pattern_mask. No threshold tells what is kept then: it is 0.
         with_signs: whether signs are needed. int16 scores have none.
     Returns: threshold, () or (E,), in the scores' dtype; packed mask and packed signs, int32 (..., ceil(K / 32)); the
         number of scores that are exactly 0. Without signs these are empty, and the number is 0.
     """
+    if pattern != "matrix":
+        return _select_pattern(scores.detach(), keep_ratio, mode, pattern, with_signs, backend)
     return _SELECT_MASK(scores.detach(), keep_ratio, threshold, mode, with_signs, backend)
 
 
@@ -162,6 +167,17 @@ def _select_mask(scores, keep_ratio, fixed, mode, with_signs, backend):
     run = choose("select_mask", scores.device, (keys.dtype,), backend, operands=operands)
     found, *rest = run(keys, keep_ratio, threshold, mode, with_signs)
     return found.view(scores.dtype), *rest
+
+
+def _select_pattern(scores, keep_ratio, mode, pattern, with_signs, backend):
+    keys = selectable(scores)
+    finite = keys.isfinite().all()
+    kept = reference.pattern_mask(keys, keep_ratio, mode, pattern) & finite
+    packed = _PACK_MASK(kept.to(keys.dtype), keys.new_ones(()), "value", backend)
+    found = torch.where(finite, keys.new_zeros(()), torch.nan).view(scores.dtype)
+    if not with_signs:
+        return found, packed, packed.new_empty(0), packed.new_zeros((), dtype=torch.int64)
+    return found, packed, *_PACK_SIGNS(keys, backend)
 
 
 _KEPT_THRESHOLD = Op("kept_threshold", _threshold)

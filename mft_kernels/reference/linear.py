@@ -45,6 +45,23 @@ def kept_threshold(scores: Tensor, keep_ratio: float, mode: str) -> Tensor:
     return torch.where(flat.isfinite().all(), kth, torch.nan)
 
 
+def pattern_mask(scores: Tensor, keep_ratio: float, mode: str, pattern: str) -> Tensor:
+    """Return the boolean mask (N, K) that keeps equally many of the largest keys in each group of adjacent inputs.
+
+    pattern "row": a group is a row, which keeps kept_count(K, keep_ratio). "N:M": a group is M inputs, which keep N.
+    Among equal keys the first columns are kept.
+    """
+    kept, size = kept_count(scores.shape[1], keep_ratio), scores.shape[1]
+    if pattern != "row":
+        kept, size = map(int, pattern.split(":"))
+    if not kept or not scores.numel():
+        return torch.zeros_like(scores, dtype=torch.bool)
+    keys = _keys(scores, mode).reshape(-1, size)
+    last = _kth_smallest(keys, size - kept + 1).unsqueeze(-1)
+    above, ties = keys > last, keys == last
+    return (above | (ties & (ties.cumsum(-1) <= kept - above.sum(-1, keepdim=True)))).view(scores.shape)
+
+
 def pack_mask(scores: Tensor, threshold: Tensor, mode: str) -> Tensor:
     """Return keep as bits, int32 (N, ceil(K / 32)): bit j % 32 of word j // 32 of row n is keep[n, j].
 
@@ -125,7 +142,8 @@ def _keys(values: Tensor, mode: str) -> Tensor:
 
 
 def _kth_smallest(keys: Tensor, k: int) -> Tensor:
+    """Return the k-th smallest key of each row, or of all if keys has one dimension."""
     # Deterministic mode refuses kthvalue on a GPU: its index, not its value, depends on the order of threads.
     if torch.are_deterministic_algorithms_enabled():
-        return keys.sort().values[k - 1]
+        return keys.sort().values[..., k - 1]
     return keys.kthvalue(k).values

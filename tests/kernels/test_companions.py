@@ -50,7 +50,7 @@ class Machine:
         nn.Sequential(*layers)(X).square().mean().backward()
         did = self.waits, sorted(self.selected)
         for layer in layers:
-            now, *_ = self.launch(layer.scores, layer.keep_ratio, layer.threshold, layer.mode)
+            now, *_ = self.launch(layer.scores, layer.rule)
             assert torch.equal(layer.scores.memo.mask.packed, now.packed)
         return did
 
@@ -186,7 +186,7 @@ def test_layers_of_several_threads_are_never_stale(machine):
         for _ in range(20):
             layer(X).sum().backward()
             mask = masking.current_mask(layer.scores, 0.5, None, "magnitude")
-            assert torch.equal(mask.packed, machine.launch(layer.scores, 0.5, None, "magnitude")[0].packed)
+            assert torch.equal(mask.packed, machine.launch(layer.scores, layer.rule)[0].packed)
 
     for _ in range(10):
         with ThreadPoolExecutor(LAYERS) as threads:

@@ -185,7 +185,7 @@ def test_scores_are_refused_by_a_layer_that_selects_otherwise():
             torch.nn.Sequential(other).load_state_dict({f"0.{name}": value for name, value in saved.items()})
         (name, value), text = next(iter(change.items())), str(error.value)
         assert "0.scores" in text
-        assert "keep_ratio=0.5, threshold=None, mode='magnitude', got one with" in text
+        assert "keep_ratio=0.5, threshold=None, mode='magnitude', pattern='matrix', got one with" in text
         assert f"{name}={value!r}" in text.split("got one with")[1]
         other.keep_ratio, other.threshold, other.mode = 0.5, None, "magnitude"
         other.load_state_dict(saved)

@@ -93,7 +93,9 @@ def test_the_backward_pass_of_an_op_that_a_graph_calls_uses_the_mask_of_its_forw
     layer(x)  # it remembers a mask
     with torch.no_grad():
         layer.scores.copy_(layer.scores.flip(1))
-    y = torch.ops.mft.masked_linear_by_ratio(x, layer.weight, layer.scores, None, 0.5, None, "magnitude", "auto")
+    y = torch.ops.mft.masked_linear_by_ratio(
+        x, layer.weight, layer.scores, None, 0.5, None, "magnitude", "matrix", "auto"
+    )
     y.sum().backward()
     torch.testing.assert_close(x.grad, torch.ones(4, 8) @ layer.merge().weight)
 

@@ -156,7 +156,7 @@ def test_opcheck_of_every_op_with_a_mode(backend):
     mft = torch.ops.mft
     want = [True, True, True, True]
     opcheck(mft.masked_linear.default, (x, weight, scores, threshold, bias, mode, backend))
-    opcheck(mft.masked_linear_by_ratio.default, (x, weight, scores, bias, 0.9, None, mode, backend))
+    opcheck(mft.masked_linear_by_ratio.default, (x, weight, scores, bias, 0.9, None, mode, "matrix", backend))
     opcheck(mft.kept_threshold.default, (detached, 0.9, mode, backend))
     opcheck(mft.pack_mask.default, (detached, threshold, mode, backend))
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
@@ -170,7 +170,7 @@ def test_opcheck_of_every_op_with_a_mode(backend):
     )
     opcheck(
         mft.masked_linear_by_ratio_backward.default,
-        (t.grad_output, x, weight, detached, 0.9, None, mode, want, backend),
+        (t.grad_output, x, weight, detached, 0.9, None, mode, "matrix", want, backend),
     )
 
 

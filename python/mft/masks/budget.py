@@ -197,7 +197,7 @@ def load_with_threshold(module: MaskedLayer) -> None:
 def _take_rule(module: Any, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     rule = state_dict.get(f"{prefix}_extra_state")
     if rule is not None:
-        keep_ratio, _, fixed, threshold = rule.tolist()
+        keep_ratio, _, fixed, threshold, *_ = rule.tolist()  # also mode, and pattern in states that have one
         module.keep_ratio, module.threshold = keep_ratio, threshold if fixed else None
 
 
