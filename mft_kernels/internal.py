@@ -47,6 +47,7 @@ from .mask.shared_threshold import part_thresholds as part_thresholds  # thresho
 from .mask.shared_threshold import shared_threshold as shared_threshold  # one threshold for all layers of a budget
 from .ops.checks import NonFiniteScores as NonFiniteScores  # engines name the layer; a study ends the unit
 from .ops.checks import check_alpha as check_alpha  # the strength of a merge, checked before the work begins
+from .ops.checks import check_pattern as check_pattern  # the pattern of masks, checked before a layer is replaced
 from .reference.fixed_point import code_at_least as code_at_least  # a budget's threshold as an int16 code
 from .reference.fixed_point import selectable as selectable  # int16 scores, read as the kernels read them
 

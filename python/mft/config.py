@@ -32,6 +32,8 @@ from mft.quantizers import QUANTIZERS
 
 DTYPES = tuple(DTYPE_BYTES)
 MODES = ("magnitude", "value")
+PATTERNS = ("matrix", "row", "2:4", "4:8")
+HALF = ("2:4", "4:8")  # those that keep half of the weights
 DEFAULT_BUDGET = 0.012  # docs/how-to/recipe.md, "The default, and why"
 INITS = ("normal", "magnitude", "constant")
 IMPORTANCE_METHODS = ("random", "magnitude", "magnitude_rows", "wanda", "gradient", "fisher")  # of one-shot masks
@@ -174,6 +176,8 @@ class MaskConfig:
     budget_ramp: Annotated[float, SHARE] = 0.67  # Share of the steps over which the dropped share grows to the budget
     # Share of each matrix's weights that is kept, in place of a budget
     keep_ratio: Annotated[float | None, SHARE] = None
+    # Where the share is kept: in the whole matrix, in each row, or as N of each M adjacent inputs (keep_ratio 0.5)
+    pattern: Annotated[str, one_of(PATTERNS)] = "matrix"
     threshold: float | None = None  # Keep weights whose score is at least this, in place of a budget or keep_ratio
     # Keep a weight by its score's magnitude or by its value (auto: by value with a budget, else by magnitude)
     mode: Annotated[str, one_of((AUTO, *MODES))] = AUTO
@@ -195,7 +199,10 @@ class MaskConfig:
         if isinstance(self.layers_to_transform, list):
             self.layers_to_transform = sorted(set(self.layers_to_transform))
         if self.keep_ratio is None and self.threshold is None and self.budget is None:
-            self.budget = DEFAULT_BUDGET
+            if self.pattern in HALF:
+                self.keep_ratio = 0.5
+            else:
+                self.budget = DEFAULT_BUDGET
         if self.budget is None and self.threshold is not None:
             self.keep_ratio = None  # the threshold decides
         if self.mode == AUTO:
@@ -212,9 +219,19 @@ class MaskConfig:
             (sharp or not self.deletion_penalty, "deletion_penalty", "be 0 if sharpness is null"),
         ):
             check_rule(holds, name, rule, getattr(self, name))
+        self._check_pattern()
         self._check_budget()
         if self.threshold is not None and self.mode == "magnitude":
             check_rule(self.threshold >= 0, "threshold", "be at least 0 in magnitude mode", self.threshold)
+
+    def _check_pattern(self) -> None:
+        """Raise ValueError unless a pattern other than matrix comes with a keep_ratio that it can keep."""
+        if self.pattern == "matrix":
+            return
+        rule = "be matrix without keep_ratio, because a pattern keeps a share of each group (keep_ratio=0.5?)"
+        check_rule(self.keep_ratio is not None, "pattern", rule, self.pattern)
+        rule = f"be 0.5 or left out with pattern = {self.pattern} (or take pattern=row)"
+        check_rule(self.pattern not in HALF or self.keep_ratio == 0.5, "keep_ratio", rule, self.keep_ratio)
 
     def _check_budget(self) -> None:
         """Raise ValueError if a budget is given together with another key that decides what is dropped."""

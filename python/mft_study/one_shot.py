@@ -21,7 +21,8 @@ def one_shot_mask(
     """Mask a model as mask_model does, with the mask that ``method`` finds at the keep_ratio and seed of ``mask``.
 
     Weights of equal importance are kept or dropped together. wanda is the exception: each output row keeps exactly
-    K - int((1 - keep_ratio) * K) weights, and among equal ones the first column is dropped last. The scores are ranks,
+    K - int((1 - keep_ratio) * K) weights, and among equal ones the first column is dropped last. With a mask.pattern
+    other than matrix all methods keep the first of equal ones, and as many as the pattern says. The scores are ranks,
     not meant for training (see initialise_scores). init, mode and scores_dtype of ``mask`` have no effect.
 
     Returns: the same model.

@@ -24,7 +24,7 @@ SMALL_STUDY = parse_yaml(STUDY.format(directory="x") + FEW, "a study")
 VALUES = (
     *(None, True, False, "", "x", "0-3, 7", "float32", "nf4", "value", "constant", "auto", "mask", "MFT", "kl"),
     *("all_exhausted", "rice", {"x": {"source": "y", "weight": 2}}, {"x": {"source": "y", "weight": 0}}),
-    *("plain", "step", -1, 0, 0.5, 1, 1.0, 1.5, 2, 512, 2**63 - 1, 2**63),
+    *("matrix", "2:4", "plain", "step", -1, 0, 0.5, 1, 1.0, 1.5, 2, 512, 2**63 - 1, 2**63),
     *([], [0], [-1], [0.5, 0.9], [0.5, 1], [1, 0.5, 0.5], ["x"], [""], [None], {}, {"x": 1}),
 )
 

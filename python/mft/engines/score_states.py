@@ -274,6 +274,7 @@ class ScoreStates(States):
             grad_scale=grad_scale,
             keep_ratio=None if given else module.keep_ratio,
             threshold=None if given else mask.threshold,
+            pattern=module.pattern,
         )
         packed = None
         if not later and selected is None:

@@ -36,7 +36,7 @@ def mask_cost_warning(model: nn.Module | Placed, config: MaskConfig, dataset, ba
 
 
 def _remedy(config: MaskConfig) -> str:
-    ours = ("init", "budget_ramp", "fill_budget", "threshold", "sharpness", "deletion_penalty")
+    ours = ("init", "budget_ramp", "fill_budget", "threshold", "pattern", "sharpness", "deletion_penalty")
     keep_ratio = None if config.keep_ratio is None else max(config.keep_ratio, _HARMLESS)
     defaults = {name: getattr(MaskConfig(), name) for name in ours}
     harmless = dataclasses.replace(config, keep_ratio=keep_ratio, **defaults)

@@ -86,10 +86,11 @@ def _default(item: dataclasses.Field) -> dict[str, Any]:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """Return {field: the comment in its line, or in the lines above it} from the source of cls."""
+    """Return {field: the comment in its line, or in the lines above it} from the sources of cls and its bases."""
     found: dict[str, str] = {}
     above: list[str] = []
-    for line in inspect.getsource(cls).splitlines():
+    sources = [inspect.getsource(each) for each in reversed(cls.__mro__) if dataclasses.is_dataclass(each)]
+    for line in "".join(sources).splitlines():
         field = re.match(r"    (\w+): ", line)
         comment = re.search(r"(?:^    |  )# (.*)$", line)
         if field:

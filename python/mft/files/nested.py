@@ -17,13 +17,14 @@ from mft.files.yaml_file import parse_yaml
 CLASS_BY_VALUES = "class_by_values"  # in a field's metadata: a function from a section's values to its class
 YAML = (".yaml", ".yml")
 _DATA = (".jsonl", ".json", ".parquet", ".csv", ".gz")
-# If the first is given, the defaults of the others do not apply.
+# If the first is given, other than its default, the defaults of the others do not apply.
 _REPLACES = {
     "steps": ("epochs",),
     "epochs": ("steps",),
     "budget": ("keep_ratio", "mode"),
     "keep_ratio": ("budget", "mode"),
     "threshold": ("budget", "keep_ratio", "mode"),
+    "pattern": ("budget", "keep_ratio", "mode"),
 }
 
 
@@ -106,7 +107,7 @@ class Nested:
         begun = None if default is dataclasses.MISSING else default()
         kept = {} if begun is None else {name: getattr(begun, name) for name in _names(type(begun))}
         for one, others in _REPLACES.items():
-            if given.get(one) is not None:
+            if given.get(one) not in (None, getattr(type(begun), one, None)):
                 kept = {name: value for name, value in kept.items() if name not in others}
         return self._build(below.section_of(given, prefix), kept | dict(given), prefix)
 

@@ -153,14 +153,14 @@ def print_trainable_parameters(model: nn.Module) -> None:
 def keep_all_weights(model: nn.Module) -> Iterator[None]:
     """Make masked layers keep every weight in this context: the unmasked model without a second copy."""
     masked = masked_modules(model).values()
-    before = [(module.threshold, module.keep_ratio) for module in masked]
+    before = [(module.threshold, module.keep_ratio, module.pattern) for module in masked]
     for module in masked:
-        module.threshold, module.keep_ratio = None, 1.0
+        module.threshold, module.keep_ratio, module.pattern = None, 1.0, "matrix"
     try:
         yield
     finally:
-        for module, (threshold, keep_ratio) in zip(masked, before):
-            module.threshold, module.keep_ratio = threshold, keep_ratio
+        for module, rule in zip(masked, before):
+            module.threshold, module.keep_ratio, module.pattern = rule
 
 
 # ---------------------------------------------------------------------------------------------- for export and PEFT
@@ -247,7 +247,8 @@ def pack_attentions(model: nn.Module) -> None:
 
 def masked_layer(source: Any, name: str, config: MaskConfig) -> MaskedLinear:
     """Return a masked layer on the weight and bias of source, a maskable layer with this name in the model."""
-    masked = MaskedLinear.from_linear(as_linear(source), **_scores_options(name, config, source.weight))
+    options = _scores_options(name, config, source.weight)
+    masked = MaskedLinear.from_linear(as_linear(source), pattern=config.pattern, **options)
     masked.module_name = name
     if type(source) is not nn.Linear:
         attach(masked, replaced=copy_without(source, "weight", "bias"))

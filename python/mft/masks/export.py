@@ -200,7 +200,7 @@ def put_masks(
         masked = masked_modules(model)
     for name, packed in masks.items():
         module = masked[name]
-        module.mode, module.threshold = mode, _THRESHOLD[mode]
+        module.mode, module.threshold, module.pattern = mode, _THRESHOLD[mode], "matrix"
         if keep_ratio is not None:
             module.keep_ratio = keep_ratio
         set_scores(module, scores_of_mask(packed.to(module.scores.device), module.scores.shape, mode))
@@ -313,6 +313,7 @@ def _describe(
     if len(modes) > 1:
         raise ValueError(f"masked layers must share one mode to be saved together, got {' and '.join(modes)}")
     ratios = {module.keep_ratio if module.threshold is None else None for module in masked.values()}
+    patterns = {module.pattern for module in masked.values()}
     stacks = layer_stacks(model)
     layers = sorted({index for name in masked if (index := layer_index(name, stacks)) is not None})
     quantized = quantized_weights(model)
@@ -332,6 +333,7 @@ def _describe(
         quantize_masked=not quantized.keys().isdisjoint(masked),
         modules_to_save=list(saved_modules(model)) or None,
         system_prompt=system_prompt,
+        pattern=None if patterns == {"matrix"} or len(patterns) > 1 else patterns.pop(),
     )
     return dataclasses.replace(export, content_hash=content_hash(export, packed, saved))
 

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mft.config import CODINGS, QUANTIZATIONS
+from mft.config import CODINGS, PATTERNS, QUANTIZATIONS
 from mft.config import CONFIG as RUN_CONFIG
 from mft.files.json_file import check_keys, expect, is_list_of, is_number, read_object, short
 from mft.files.mask_coding import BY_NAME, codings_of, damage_error, packed_mask
@@ -53,7 +53,7 @@ _MASKED_RULE = "true or false, and false if base_quantization is null"
 UNVERIFIED = "no content_hash, as in format_version 1: swapped masks cannot be detected; save_masks writes one"
 Weights = Callable[[str], Tensor]  # a masked layer's name -> its base weight, (N, K), or (E, N, K) for experts
 _FIXED = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM"}
-_IF_ANY = ("modules_to_save", "system_prompt")  # absent if None, as in files of earlier versions
+_IF_ANY = ("modules_to_save", "system_prompt", "pattern")  # absent if None, as in files of earlier versions
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class MaskExport:
     quantize_masked: whether the masked layers were quantised too.
     content_hash: see content_hash(). Version 1 may lack this field and the two above; then it is None.
     modules_to_save: modules whose tensors are saved too; the key is absent if there are none.
+    pattern: where keep_ratio held, if not in each whole matrix; the key is absent otherwise.
     system_prompt: the one that all chats of the training data share; the key is absent if there is none.
     coding: one of CODINGS, how the masks are stored; not part of the content.
     """
@@ -91,6 +92,7 @@ class MaskExport:
     content_hash: str | None = None
     modules_to_save: list[str] | None = None
     system_prompt: str | None = None
+    pattern: str | None = None
     coding: str = CODINGS[0]
 
     def to_json(self) -> str:
@@ -332,6 +334,7 @@ def _check_fields(path: Path, export: MaskExport, version: int) -> None:
     system = export.system_prompt
     readable = system is None or (isinstance(system, str) and system == system.encode(errors="ignore").decode())
     expect(path, "system_prompt", system, readable, "Unicode text or null")
+    expect(path, "pattern", export.pattern, export.pattern in (*PATTERNS, None), f"{' or '.join(PATTERNS)}, or null")
     coded = codings_of(version)
     expect(path, "coding", export.coding, export.coding in coded, " or ".join(coded))
     kind, masked = export.base_quantization, export.quantize_masked

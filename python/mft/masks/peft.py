@@ -71,6 +71,8 @@ class MaskPeftConfig(MaskConfig, PeftConfig):
             "be float32 or bfloat16 under PEFT, where autograd trains the scores (mft train takes int16)",
             self.scores_dtype,
         )
+        rule = "be matrix under PEFT (mft train and mask_model take the others)"
+        check_rule(self.pattern == "matrix", "pattern", rule, self.pattern)
         check_drawn(self)
 
     @property

@@ -17,6 +17,7 @@ from mft.checks import nearest
 from mft.config import MaskConfig
 from mft.masks.saved_modules import is_inside, select_saved_modules
 from mft.models.linears import Candidate, check_maskable, find_candidates, layer_stacks, list_some, outer_lists
+from mft_kernels.internal import check_pattern
 
 ALL_LINEAR = "all-linear"
 # Path components and class names that mean attention or an MLP: fc1 and fc2 in OPT's layer, intermediate and output in
@@ -60,6 +61,11 @@ def select_targets(model: nn.Module, config: MaskConfig, *, codes: bool = False)
             raise ValueError(_why_nothing(pattern, matches, config))
         chosen.update({c.name: c for c in kept})
     check_maskable(model, chosen.values(), codes=codes)
+    if config.pattern != "matrix":
+        assert config.keep_ratio is not None, "MaskConfig has checked it"
+        for c in chosen.values():
+            shape = c.weight.t().shape if isinstance(c.module, Conv1D) else c.weight.shape
+            check_pattern(config.pattern, config.keep_ratio, config.threshold, shape, c.name)
     if config.target_modules is None and config.target_parameters is None:
         in_layers = [c for c in candidates if c.layer is not None and not c.is_head and allowed(c)]
         _tell_left_out([c for c in in_layers if _default(c, stacks) == "other"])

@@ -171,7 +171,7 @@ class Arm:
         if self.layers_to_transform == []:
             said["layers_to_transform"] = None  # in a MaskConfig: every layer
         if self.threshold is not None:
-            said |= {"keep_ratio": None, "budget": None}
+            said |= {"keep_ratio": None, "budget": None, "pattern": "matrix"}
         return dataclasses.replace(mask, **said)
 
     def may_be_of(self, source: type[Arm]) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from mft.checks import SHARE, check_rule
-from mft.config import BUDGET, DATA_INITS, INITS, MaskConfig, TrainConfig
+from mft.checks import SHARE, check_rule, one_of
+from mft.config import BUDGET, DATA_INITS, HALF, INITS, PATTERNS, MaskConfig, TrainConfig
 from mft.files.figure import COLOURS
 from mft_study.arms.arm import LEARNING, ON_LAYERS, Arm, Ground
 from mft_study.arms.size import score_bytes
@@ -20,16 +20,35 @@ if TYPE_CHECKING:
     from mft.training.loop import StepReport
 
 
+@dataclass
 class _AnyMask(Arm):
+    """A mask on chosen layers."""
+
+    pattern: Annotated[str | None, one_of(PATTERNS)] = None  # where keep_ratios hold; null: the study's mask.pattern
+
     takes = ON_LAYERS | {"keep_ratios", "start"}
     is_mask = True
     may_start = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pattern is not None:
+            check_rule(self.threshold is None, "pattern", "be left out with a threshold", self.pattern)
+        if self.pattern in HALF:
+            rule = f"be [0.5] or left out with pattern {self.pattern} (or take pattern row)"
+            check_rule(self.keep_ratios in ([], [0.5]), "keep_ratios", rule, self.keep_ratios)
+
     def choices(self, mask: MaskConfig) -> dict[str, list[Any]]:
         found = super().choices(mask)
         if self.threshold is None:
-            found["keep_ratio"] = found["keep_ratio"] or [mask.keep_ratio]
+            found["keep_ratio"] = found["keep_ratio"] or [0.5 if self.pattern in HALF else mask.keep_ratio]
         return found
+
+    def mask_config(self, mask: MaskConfig) -> MaskConfig:
+        found = super().mask_config(mask)
+        if self.pattern is None:
+            return found
+        return replace(found, pattern=self.pattern, keep_ratio=self.choices(mask)["keep_ratio"][0], budget=None)
 
     def trained_weights(self, model: nn.Module, ground: Ground) -> Weights:
         """Return the weights with the masks applied."""
@@ -70,7 +89,7 @@ class Mask(_AnyMask):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.budget is not None:
-            for name in ("keep_ratios", "threshold"):
+            for name in ("keep_ratios", "threshold", "pattern"):
                 check_rule(not getattr(self, name), name, "be left out when budget is set", getattr(self, name))
         else:
             for name in ("budget_ramp", "fill_budget"):
@@ -85,7 +104,8 @@ class Mask(_AnyMask):
         if self.budget is None:
             return found
         ramp = found.budget_ramp if self.budget_ramp is None else self.budget_ramp
-        return replace(found, keep_ratio=None, budget=self.budget, budget_ramp=ramp, fill_budget=self.fill_budget)
+        own: dict[str, Any] = {"budget": self.budget, "budget_ramp": ramp, "fill_budget": self.fill_budget}
+        return replace(found, keep_ratio=None, pattern="matrix", **own)
 
     def untrained(self, ground: Ground) -> nn.Module:
         from mft.masks.convert import masked_modules
@@ -126,6 +146,7 @@ class Mask(_AnyMask):
         return int(score_bytes(ground.mask, train) * ground.numbers())
 
 
+@dataclass
 class OneShot(_AnyMask):
     """A mask found in one shot (importance.py)."""
 

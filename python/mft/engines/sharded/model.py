@@ -94,6 +94,11 @@ def spread(
         )
     for name, module in masked.items():
         check_layer(name, module)
+        if module.pattern != "matrix":
+            raise ValueError(
+                f"mask.pattern must be matrix with memory: sharded, whose thresholds are found over parts of a matrix, "
+                f"got {module.pattern} in {name}: set memory: layerwise, or leave pattern out"
+            )
         if len(module.weight) < processes.count:
             rows = "experts" if module.weight.dim() == 3 else "rows"
             raise ValueError(
