@@ -13,7 +13,6 @@ import platform
 import re
 import shutil
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,26 +26,27 @@ INIT, OPS, REPORT = "__init__.py", "_ops.py", "_build.json"
 NAMESPACE = "ops = torch.ops.mft\n"  # the line of _ops.py that sets the namespace
 MANYLINUX, PYTHON = "manylinux_2_28", "3.9"  # the Hub's requirements for a library
 LIBRARIES = {"cpu": cpu.LIBRARY, "cuda": cuda.LIBRARY}
+# The version is that of the interface, and of the branch on the Hub; 0: it may still change.
+# ABI is the oldest torch that serves, that of compile.TORCH_TARGET.
+NAME, VERSION, LICENSE, ABI = "mft-kernels", 0, "Apache-2.0", "2.11"
 
 
 def make(folder: Path = FOLDER, package: Path = PACKAGE) -> list[Path]:
-    """Write a variant for each backend of build.toml that has a library. Returns their folders.
+    """Write a variant for each backend that has a library. Returns their folders.
 
     Raises: CannotBuild if the CPU library is missing, which every variant has.
     """
-    settings = tomllib.loads((ROOT / "build.toml").read_text())
     report = json.loads((package / REPORT).read_text()) if (package / REPORT).exists() else {}
     if not report.get("cpu", {}).get("built"):
         reason = report.get("cpu", {}).get("reason") or "setup.py has not run"
         raise CannotBuild(f"{cpu.LIBRARY} must be built first: {reason}; pip install --no-build-isolation -e .")
     for old in (folder / "build").glob("torch-stable-abi*"):
         shutil.rmtree(old)
-    backends = [backend for backend in settings["general"]["backends"] if report.get(backend, {}).get("built")]
-    return [_make_variant(folder / "build", package, backend, settings, report) for backend in backends]
+    backends = [backend for backend in LIBRARIES if report.get(backend, {}).get("built")]
+    return [_make_variant(folder / "build", package, backend, report) for backend in backends]
 
 
-def _make_variant(folder: Path, package: Path, backend: str, settings: dict, report: dict) -> Path:
-    general, abi = settings["general"], settings["torch"]["stable-abi"][backend]
+def _make_variant(folder: Path, package: Path, backend: str, report: dict) -> Path:
     parts = [part for part in LIBRARIES if part in ("cpu", backend)]
     texts = _python(package)
     texts[REPORT] = json.dumps({part: _told(part, parts, report) for part in LIBRARIES}, indent=2) + "\n"
@@ -56,17 +56,17 @@ def _make_variant(folder: Path, package: Path, backend: str, settings: dict, rep
     contents = hashlib.sha256()
     for name in sorted(files):
         contents.update(f"{name} {len(files[name])}\n".encode() + files[name])
-    own_name = f"_{general['name'].replace('-', '_')}_{backend}_{contents.hexdigest()[:7]}"
+    own_name = f"_{NAME.replace('-', '_')}_{backend}_{contents.hexdigest()[:7]}"
     if NAMESPACE not in texts[OPS]:
         raise CannotBuild(f"{package / OPS} must have the line {NAMESPACE.strip()!r}")
     files[OPS] = texts[OPS].replace(NAMESPACE, NAMESPACE.replace("mft", own_name)).encode()
 
     archs = _archs(report["cuda"]["targets"]) if backend == "cuda" else None
     metadata = {
-        "name": general["name"],
+        "name": NAME,
         "id": own_name,
-        "version": general["version"],
-        "license": general["license"],
+        "version": VERSION,
+        "license": LICENSE,
         "python-depends": [],
         "kernel-depends": [],
         "backend": {"type": backend, **({"archs": archs} if archs else {})},
@@ -75,7 +75,7 @@ def _make_variant(folder: Path, package: Path, backend: str, settings: dict, rep
     files["metadata.json"] = (json.dumps(metadata, indent=2) + "\n").encode()
 
     computes = "cpu" if backend == "cpu" else f"cu{_cuda_version(report)}"
-    variant = folder / f"torch-stable-abi{abi.replace('.', '')}-{computes}-{platform.machine()}-linux"
+    variant = folder / f"torch-stable-abi{ABI.replace('.', '')}-{computes}-{platform.machine()}-linux"
     for name, content in files.items():
         (variant / name).parent.mkdir(parents=True, exist_ok=True)
         (variant / name).write_bytes(content)

@@ -1,4 +1,4 @@
-"""The kernel for the Kernel Hub: build.toml, the folder that building/hub_kernel.py makes, and loading from it."""
+"""The kernel for the Kernel Hub: the folder that building/hub_kernel.py makes, and loading from it."""
 
 import ast
 import copy
@@ -19,15 +19,13 @@ import torch
 from torch import nn
 
 import mft_kernels
-from building import cpu as build_cpu
 from building import hub_kernel
-from building.compile import CPP_FLAGS, TORCH_TARGET, CannotBuild
+from building.compile import TORCH_TARGET, CannotBuild
 from mft_kernels import MaskedLinear
 from mft_kernels.backends import cpu
 from mft_kernels.testing import integer_inputs
 
 ROOT = Path(__file__).parents[2]
-BUILD = tomllib.loads((ROOT / "build.toml").read_text())
 
 
 def kernels_tool():
@@ -36,41 +34,12 @@ def kernels_tool():
     return importlib.import_module("kernels")
 
 
-# ---------------------------------------------------------------------------------------------- build.toml
-
-
-def sections(backend):
-    return [section for section in BUILD["kernel"].values() if section["backend"] == backend]
-
-
-def test_build_toml_names_every_source_once_but_for_hoppers_kernels():
-    named = [source for section in BUILD["kernel"].values() for source in section["src"]]
-    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    missing = files - set(named)
-    assert all(re.fullmatch(r"csrc/cuda/\w+_sm90\w*\.(cu|cpp)", name) for name in missing), missing
-    assert set(named) <= files
-    assert {name for name in named if named.count(name) > 1} == {"csrc/older_systems.cpp", "csrc/registration.h"}, (
-        "both backends take them"
-    )
-
-
-def test_build_toml_has_the_flags_that_setup_py_compiles_with():
-    flags = {source: section["cxx-flags"] for section in sections("cpu") for source in section["src"]}
-    units = build_cpu.units("g++", Path("torch"), ROOT / "csrc", "x86_64")
-    if not any("-DMFT_AMX" in unit.flags for unit in units):
-        pytest.skip("this g++ does not know AMX")
-    a_builder_s = {*CPP_FLAGS, "-isystem", "torch/include"} - {"-O3", "-fvisibility=hidden"}
-    for unit in units:
-        own = [flag for flag in unit.flags if flag not in a_builder_s]
-        assert flags[unit.source.relative_to(ROOT).as_posix()] == own, unit.source
-
-
-def test_build_toml_names_the_stable_abi_and_the_licence():
+def test_a_kernel_names_the_stable_abi_and_the_licence():
     hexadecimal = TORCH_TARGET.partition("=")[2]
     oldest = f"{int(hexadecimal[2:4], 16)}.{int(hexadecimal[4:6], 16)}"
-    assert BUILD["torch"]["stable-abi"] == dict.fromkeys(BUILD["general"]["backends"], oldest)
+    assert oldest == hub_kernel.ABI
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert BUILD["general"]["license"] == project["license"]
+    assert project["license"] == hub_kernel.LICENSE
     assert f"torch>={oldest}" in project["dependencies"]
 
 
@@ -222,7 +191,7 @@ def hub_cache(folder, repo_id, variant):
             shutil.copy(path, blob)
             link.symlink_to(blob)
     (repository / "refs").mkdir()
-    (repository / "refs" / f"v{BUILD['general']['version']}").write_text(commit)
+    (repository / "refs" / f"v{hub_kernel.VERSION}").write_text(commit)
 
 
 @pytest.mark.slow
