@@ -70,18 +70,21 @@ def compensate(
     return {name: module.weight for name, module in linear_modules(model, names).items()}
 
 
-def pruned(weight: Tensor, gram: Tensor, keep_ratio: float) -> Tensor:
-    """Return the weight (N, K) with a share of it 0, by SparseGPT: equally many of each 128 columns, over all rows."""
+def pruned(weight: Tensor, gram: Tensor, keep_ratio: float, pattern: str = "matrix") -> Tensor:
+    """Return the weight (N, K) with a share of it 0, by SparseGPT.
+
+    pattern "matrix": equally many of each 128 columns, over all rows; "row": of each row's 128 columns; "N:M": of each
+    row's M columns.
+    """
 
     def begin(columns: Tensor, spread: Tensor) -> Callable[[Tensor, int], Tensor]:
-        dropped = int((1 - keep_ratio) * columns.numel())
-        order = (columns / spread).abs().flatten().argsort(stable=True)
-        kept = torch.ones_like(order, dtype=torch.bool)
-        kept[order[:dropped]] = False
-        kept = kept.view_as(columns)
+        importance = (columns / spread).abs()
+        groups = importance.reshape(1, -1) if pattern == "matrix" else importance
+        order = groups.argsort(stable=True)[:, : int((1 - keep_ratio) * groups.shape[1])]
+        kept = torch.ones_like(groups, dtype=torch.bool).scatter_(1, order, False).view_as(columns)
         return lambda column, number: column * kept[:, number]
 
-    return _column_by_column(weight, gram, _PRUNED, begin)
+    return _column_by_column(weight, gram, int(pattern[2:]) if ":" in pattern else _PRUNED, begin)
 
 
 def rounded(weight: Tensor, gram: Tensor, bits: int, *, gptq: bool) -> Tensor:

@@ -74,6 +74,20 @@ def test_sparsegpt_drops_by_weight_and_spread_and_changes_later_weights(weight, 
         assert int(columns.count_nonzero()) == columns.numel() // 2
 
 
+@pytest.mark.parametrize(("pattern", "size", "block"), [("row", 128, 128), ("2:4", 4, 4), ("4:8", 8, 8)])
+def test_sparsegpt_follows_a_pattern(weight, inputs, pattern, size, block):
+    def lowest_of_rows(columns, spread):
+        kept = torch.stack([lowest_of(row[None], spread)(torch.ones(1), slice(None))[0] for row in columns])
+        return lambda column, number: column * kept[:, number]
+
+    found = pruned(weight, inputs.t() @ inputs, 0.5, pattern)
+    wanted = by_hand(weight, inputs, block, lowest_of_rows)
+    assert torch.equal(found == 0, wanted == 0)
+    torch.testing.assert_close(found, wanted.float(), rtol=1e-3, atol=1e-4)
+    for columns in found.split(size, 1)[:-1]:  # the last group has an input that is always 0
+        assert (columns.count_nonzero(1) == columns.shape[1] // 2).all()
+
+
 def steps_by_hand(row, squares, bits):
     """Return (step, smallest) of a group: of 21 ranges, from whole to half, the one with the least error."""
     best = None
@@ -186,6 +200,7 @@ ARMS = (
     FULL
     + """
   sparsegpt: {kind: sparsegpt, keep_ratios: [0.5]}
+  in fours: {kind: sparsegpt, pattern: "2:4"}
   kept: {kind: kept_weights, start: sparsegpt, lrs: [1e-2]}
   rounded: {kind: rounded, bits: 4}
   nearest: {kind: rounded, bits: 3, gptq: false}
@@ -201,11 +216,13 @@ def test_arms_are_made_and_others_begin_there(ground):
     store = Store(study, ground / "run")
     weights = {
         arm: load_file(store.trained_path(Unit("count", arm, 0, findings.chosen["count"][arm]), findings.chosen))
-        for arm in ("sparsegpt", "kept", "rounded", "nearest")
+        for arm in ("sparsegpt", "in fours", "kept", "rounded", "nearest")
     }
     numbers = sum(weight.numel() for weight in weights["rounded"].values())
     kept = sum(int(weight.count_nonzero()) for weight in weights["sparsegpt"].values())
     assert kept == numbers / 2
+    for weight in weights["in fours"].values():
+        assert (weight.view(-1, 4).count_nonzero(1) == 2).all()
     assert outcome["sparsegpt"].bytes == 2 * kept + numbers / 8
     for name, weight in weights["kept"].items():
         assert torch.equal(weight == 0, weights["sparsegpt"][name] == 0)

@@ -24,9 +24,9 @@ class SparseGpt(OneShot):
     def made_weights(self, ground: Ground) -> Weights:
         from mft_study.compensated import pruned
 
-        keep_ratio = ground.mask.keep_ratio
+        keep_ratio, pattern = ground.mask.keep_ratio, ground.mask.pattern
         assert keep_ratio is not None, "one-shot masks have no threshold"
-        return _made(ground, lambda weight, gram: pruned(weight, gram, keep_ratio))
+        return _made(ground, lambda weight, gram: pruned(weight, gram, keep_ratio, pattern))
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
         """Return the bytes of the mask and of the kept weights, none of which is the start's."""
