@@ -204,7 +204,7 @@ def test_a_mistake_says_which_key_and_what(load, override, message):
     [
         (
             "  mean: {kind: average, of: x}\n",
-            "of must name an arm of the kinds continued, control, kept_weights, lora, peft, mask: c",
+            "of must name an arm of the kinds continued, control, kept_weights, lora, masked_lora, pe",
         ),
         ("  ../x: {kind: base}\n", "arms must have names of letters, digits"),
         ("  x:\n", "arms.x.kind must be given, got none"),

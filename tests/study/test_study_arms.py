@@ -49,6 +49,8 @@ ARMS = """
   mean of adapters: {kind: average, of: lora, runs: 2}
   mask on control: {kind: mask, lrs: [1e-2], start: control}
   kept on magnitude: {kind: kept_weights, lrs: [1e-2], start: magnitude}
+  merged on magnitude: {kind: masked_lora, lrs: [1e-2], lora_rank: 2, start: magnitude}
+  merged on control: {kind: masked_lora, lrs: [1e-2], lora_rank: 2, start: control}
   lora on magnitude: {kind: lora, lrs: [1e-2], lora_rank: 2, start: magnitude}
   part of full: {kind: interpolated, of: full, alphas: [0, 0.5, 1]}
   part of control: {kind: interpolated, of: control, alphas: [0, 0.5, 1]}
@@ -322,10 +324,29 @@ def test_kept_weights_are_trained_where_the_pruned_start_is_not_0(ground):
     assert found.bytes == 2 * sum(int(weight.count_nonzero()) for weight in pruned.values())
 
 
-def test_an_arm_may_begin_at_a_pruned_model(ground):
-    still = ground.run("lora on magnitude", lr=1e-9)
+@pytest.mark.parametrize("arm", ["lora on magnitude", "merged on magnitude"])
+def test_an_arm_may_begin_at_a_pruned_model(ground, arm):
+    still = ground.run(arm, lr=1e-9)
     assert still.loss == pytest.approx(ground.run("magnitude").loss, abs=1e-6)
-    assert ground.run("lora on magnitude").loss < still.loss
+    assert ground.run(arm).loss < still.loss
+
+
+def test_masked_lora_changes_kept_weights_by_two_factors(ground):
+    numbers = 0
+    for arm, start in (("merged on magnitude", "magnitude"), ("merged on control", "control")):
+        ground.run(start)
+        found = ground.run(arm)
+        before, after = ground.weights(start), ground.weights(arm)
+        assert after.keys() == before.keys()
+        for name, weight in after.items():
+            assert torch.equal(weight == 0, before[name] == 0)
+            change = weight - before[name]
+            assert (change[before[name] != 0] != 0).float().mean() > 0.9
+            if start == "control":  # without zeros the change is that of LoRA
+                numbers += 2 * sum(weight.shape)
+                assert torch.linalg.matrix_rank(change, rtol=1e-3) == 2
+    assert found.bytes == 2 * numbers
+    assert found.resident == 2 * sum(weight.numel() for weight in after.values())
 
 
 def test_what_is_forgotten_is_measured_on_other_text(ground):

@@ -11,6 +11,7 @@ from mft_study.arms.coded import Coded
 from mft_study.arms.compensated import Rounded, SparseGpt
 from mft_study.arms.compressed import BitDelta, SparseDelta, Ternary
 from mft_study.arms.full import Base, Continued, Control, Full, KeptWeights
+from mft_study.arms.masked_lora import MaskedLora
 from mft_study.arms.masks import Mask, OneShot
 from mft_study.arms.means import Average, Interpolated
 from mft_study.arms.quantized import InCodes, Quantized
@@ -23,6 +24,7 @@ KINDS: dict[str, type[Arm]] = {
     "control": Control,
     "kept_weights": KeptWeights,
     "lora": Lora,
+    "masked_lora": MaskedLora,
     "peft": Peft,
     "mask": Mask,
     **dict.fromkeys(IMPORTANCE_METHODS, OneShot),  # random, magnitude, magnitude_rows, wanda, gradient, fisher
