@@ -283,13 +283,15 @@ class SourceConfig:
 class DataConfig:
     """Which data to train on, and how the data become rows of sequence_length tokens."""
 
-    # Built in: stdlib, headers, problems. Your own: hub id, directory, *.jsonl, *.parquet, *.csv
+    # Built in: stdlib, docstrings, headers, problems. Your own: hub id, directory, *.jsonl, *.parquet, *.csv
     source: str = "stdlib"
-    # Subset of a hub data set, of stdlib (pretrain, finetune), problems (finetune, rewards) or headers (reserve)
+    # Subset of a hub data set, of stdlib or docstrings (pretrain, finetune), problems (finetune, rewards) or headers
+    # (reserve)
     subset: str | None = None
     split: str = "train"  # Split of the source to train on
     validation_split: str | None = None  # Split of the source to validate on (null: its own, else validation_share)
-    # Share of the training examples held out if the source has no validation split (0: no validation)
+    # Share of the training examples held out if the source has no validation split (0: no validation). For stdlib and
+    # docstrings, a share of the files
     validation_share: Annotated[float, SHARE] = HELD_OUT_SHARE
     test_share: Annotated[float, SHARE] = HELD_OUT_SHARE  # The same for test (0: no test; a study needs one)
     # Several sources with weights, under names of your choice; replaces data.source

@@ -104,13 +104,19 @@ def test_a_directory_gives_its_own_splits(tokenizer, write, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"source": "stdlb"}, "data.source 'stdlb' is neither stdlib, headers, problems, nor a file or directory here"),
+        (
+            {"source": "stdlb"},
+            "data.source 'stdlb' is neither stdlib, docstrings, headers, problems, nor a file or directory here",
+        ),
         ({"source": "stdlb"}, "check the name and the network, or give a local file; did you mean stdlib?"),
         ({"source": "someone/some-data"}, "the hub cannot be reached"),
         ({"source": "./nowhere.jsonl"}, "data.source must be data that exists, got './nowhere.jsonl': no such file"),
         ({"source": "no data"}, "a .json, .jsonl, .parquet or .csv file, a directory or a hub id, got 'no data'"),
         ({"split": "test"}, "data.split must be left out for this source, got 'test': the stdlib corpus is split by"),
-        ({"test_share": 0}, "data.test_share must be left out for this source, got 0.0: the stdlib corpus is split by"),
+        (
+            {"source": "headers", "test_share": 0},
+            "data.test_share must be left out for this source, got 0.0: the corpus",
+        ),
         ({"subset": "main"}, "data.subset must be pretrain, finetune or null for the stdlib corpus, got 'main'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Open sources of examples (stdlib, headers, problems, a file, a directory, a Hub id) as records of three splits."""
+"""Open sources of examples (built in, a file, a directory, a Hub id) as records of three splits."""
 
 import hashlib
 import json
@@ -12,8 +12,9 @@ from typing import Any
 import datasets
 
 from mft.checks import nearest, nearest_path
-from mft.config import HELD_OUT_SHARE, DataConfig
+from mft.config import DataConfig
 from mft.data.corpora import describe_headers, describe_stdlib, header_files, stdlib_files
+from mft.data.docstrings import docstring_chats
 from mft.data.formats import CONTENT_COLUMNS, FORMS, content_of, find_form
 from mft.data.problems import PROBLEM_SUBSETS, describe_problems, fingerprint_of, make_problems
 from mft.data.record_files import ARRAY, FILE_TYPES, TYPES, Records, find_splits, hash_splits, read_files, type_of
@@ -23,10 +24,11 @@ from mft.files.cache import sha256_of
 from mft.files.hub import hub_is_reachable
 
 SPLITS = ("train", "validation", "test")
-NAMED = ("stdlib", "headers", "problems")  # sources that every machine has
+NAMED = ("stdlib", "docstrings", "headers", "problems")  # sources that every machine has
 STDLIB_SUBSETS = ("pretrain", "finetune")  # about 60 % and 40 % of the training files
 _KEYS = {"train": "split", "validation": "validation_split"}  # keys of data that name a source's split
 _SHARES = ("validation_share", "test_share")
+_WHOLE_LIBRARY = "install the interpreter's whole library"
 MINIMUM_FILES = 20  # in each split of an installed corpus, so that a standard error over files is meaningful
 HELD_OUT = 8  # minimum examples split off for validation and for test; with fewer than 40 examples, a fifth
 
@@ -107,8 +109,10 @@ def name_source(name: str) -> Iterator[None]:
 def _open(config: DataConfig) -> Source:
     path = Path(config.source)
     if config.source == "stdlib":
-        _check_named(config, STDLIB_SUBSETS, "the stdlib corpus", "is split by file hash")
-        return _installed(config, stdlib_files(), describe_stdlib(), "install the interpreter's whole library")
+        _check_named(config, STDLIB_SUBSETS, "the stdlib corpus", "is split by file hash", but=_SHARES)
+        return _installed(config, stdlib_files(), describe_stdlib(), _WHOLE_LIBRARY)
+    if config.source == "docstrings":
+        return _docstrings(config)
     if config.source == "headers":
         _check_named(config, (RESERVE,), "the corpus of headers", "is split by file hash")
         remedy = "install a torch that has its include directory"
@@ -134,7 +138,7 @@ def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: s
         raise ValueError(f"{rule} {len(sources)} in all: {remedy}, or name other data")
     rows, paths = [{"text": text} for text in sources.values()], list(sources)
     everything = Records(rows, paths.__getitem__, ["text"], range(len(rows)))
-    splits = _split_off(everything, dict.fromkeys(SPLITS[1:], HELD_OUT_SHARE))
+    splits = _split_off(everything, dict(zip(SPLITS[1:], (config.validation_share, config.test_share))))
     part, held = "", find_reserved(list(sources.values())) if config.source == RESERVED_SOURCE else frozenset()
     left_out = dict.fromkeys(SPLITS[1:], held)
     if config.subset == RESERVE:
@@ -148,11 +152,34 @@ def _installed(config: DataConfig, sources: dict[str, str], what: str, remedy: s
         part = f" (train is the {config.subset} subset of the training files)"
     for split, records in splits.items():
         if len(records.rows) < MINIMUM_FILES:
-            raise ValueError(f"{rule} {len(records.rows)} for {split}: {remedy}, or name other data")
+            shares = " and ".join(f"data.{key} {getattr(config, key):g}" for key in _SHARES)
+            raise ValueError(
+                f"{rule} {len(records.rows)} for {split} with {shares}: {remedy}, change the shares, or name other data"
+            )
     files = " / ".join(f"{len(records.rows)} {split}" for split, records in splits.items())
     digest = hashlib.sha256("\0".join(text for item in sources.items() for text in item).encode())
     note = f"{config.source}: {what}, split by file hash into {files} files{part}"
     return Source(digest.hexdigest(), lambda: splits, [note], reserved=left_out if held else {})
+
+
+def _docstrings(config: DataConfig) -> Source:
+    """Return chats about the library's functions. Each file lies in the same split as with the source stdlib."""
+    _check_named(config, STDLIB_SUBSETS, "the corpus of docstrings", "is split by file hash", but=_SHARES)
+    files = stdlib_files()
+    chats = docstring_chats(files)
+    source = _installed(
+        config, {path: files[path] for path in chats}, f"chats from {describe_stdlib()}", _WHOLE_LIBRARY
+    )
+    by_file = list(chats.items())
+
+    def chats_of(records: Records) -> Records:
+        rows = [(number, row) for number in records.numbers for row in by_file[number][1]]
+        numbers = [number for number, _ in rows]  # the chats of a file are one document
+        return Records([row for _, row in rows], lambda i: by_file[numbers[i]][0], ["messages"], numbers)
+
+    splits = {split: chats_of(records) for split, records in source.load().items()}
+    source.load = lambda: splits
+    return source
 
 
 def _problems(config: DataConfig) -> Source:
@@ -170,8 +197,10 @@ def _problems(config: DataConfig) -> Source:
     return Source(fingerprint, lambda: {split: records_of(split) for split in SPLITS}, notes, counts_padding=True)
 
 
-def _check_named(config: DataConfig, subsets: Sequence[str], source: str, why: str) -> None:
-    _check_defaults(config, f"{source} {why}", but=("subset",))
+def _check_named(
+    config: DataConfig, subsets: Sequence[str], source: str, why: str, *, but: tuple[str, ...] = ()
+) -> None:
+    _check_defaults(config, f"{source} {why}", but=("subset", *but))
     subset = config.subset
     if subset not in (None, *subsets):
         raise ValueError(
