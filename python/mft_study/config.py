@@ -300,10 +300,11 @@ class StudyConfig:
 
 
 def _own_optimiser(arm: Arm, setting: Setting, betas: tuple[float, float]) -> dict[str, Any]:
-    """Return lr and betas of an arm in a setting. betas: those of an arm without its own."""
+    """Return an arm's own options of AdamW in a setting. betas: those of an arm without its own."""
     assert setting.lr is not None  # trained arms have a rate
     beta1, beta2 = betas if arm.betas is None else arm.betas
-    return {"lr": setting.lr, "betas": (beta1 if setting.beta1 is None else setting.beta1, beta2)}
+    momentum = beta1 if setting.beta1 is None else setting.beta1
+    return {"lr": setting.lr, "betas": (momentum, beta2), **arm.optimiser()}
 
 
 def _check_not_evaluated(section: str, train: TrainConfig) -> None:

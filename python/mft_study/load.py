@@ -61,12 +61,13 @@ def study_values(study: StudyConfig) -> dict[str, Any]:
                 del data[key]
     if study.objective == CROSS_ENTROPY:
         del values["objective"], values["rewards"], values["questions"]
-    for keys, default in ((values["mask"], "matrix"), *((arm, None) for arm in values["arms"].values())):
+    for keys, pattern in ((values["mask"], "matrix"), *((arm, None) for arm in values["arms"].values())):
         if keys.get("budget") is None:
             for key in ("budget", "budget_ramp", "fill_budget"):
                 keys.pop(key, None)
-        if keys.get("pattern") == default:
-            keys.pop("pattern", None)
+        for key, default in (("pattern", pattern), ("weight_decay", None)):
+            if keys.get(key) == default:
+                keys.pop(key, None)
     for name in ("vary", "leaders"):
         if not values[name]:
             del values[name]

@@ -69,6 +69,17 @@ def test_an_arm_may_have_a_mode_a_threshold_and_betas_of_its_own(load):
     assert study.train_of(study.arms["control"], Setting(1e-3, 1.0), 0).betas == study.stage.betas
 
 
+def test_lora_may_have_its_own_weight_decay(load):
+    study = load(more="  decayed: {kind: lora, lrs: [1e-3], weight_decay: 0.1}\n  plain: {kind: lora, lrs: [1e-3]}\n")
+    decays = {
+        name: study.train_of(study.arms[name], Setting(1e-3, 1.0), 0).weight_decay for name in ("decayed", "plain")
+    }
+    assert decays == {"decayed": 0.1, "plain": study.stage.weight_decay}
+    written = study_values(study)["arms"]
+    assert written["decayed"]["weight_decay"] == 0.1
+    assert "weight_decay" not in written["plain"]  # so older studies stay equal
+
+
 OTHERS = """
   LoRA: {kind: lora, lrs: [1e-3]}
   NF4: {kind: quantized, quantization: nf4}

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mft.checks import check_rule
+from mft.checks import at_least, check_rule
 from mft.config import MaskConfig, TrainConfig
 from mft.files.figure import COLOURS
 from mft_study.arms.arm import LEARNING, ON_LAYERS, Arm, Ground, parse_arm_layers
@@ -146,13 +146,19 @@ class Adapters(Arm):
         return adapted
 
 
+@dataclass
 class Lora(Adapters):
     """LoRA on the same layers, with alpha = 2 * rank."""
+
+    weight_decay: Annotated[float | None, at_least(0)] = None  # AdamW's; null: that of full or stage
 
     takes = Adapters.takes | ON_LAYERS | {"lora_ranks"}
 
     def options(self, setting: Setting) -> dict[str, Any]:
         return lora_options(setting.rank or self.lora_rank)
+
+    def optimiser(self) -> dict[str, Any]:
+        return {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
 
 
 @dataclass

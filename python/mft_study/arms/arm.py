@@ -182,6 +182,10 @@ class Arm:
         """Return why reports compare it with no arm, although the study has this control; "" if they do."""
         return ""
 
+    def optimiser(self) -> dict[str, Any]:
+        """Return options of AdamW in place of those of full or stage, besides lr and betas."""
+        return {}
+
     def largest_rank(self) -> int:
         """Return the largest adapter rank that validation chooses from."""
         return max(self.lora_ranks or [self.lora_rank])
