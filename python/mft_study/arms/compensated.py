@@ -29,10 +29,12 @@ class SparseGpt(OneShot):
         return _made(ground, lambda weight, gram: pruned(weight, gram, keep_ratio, pattern))
 
     def stored_bytes(self, ground: Ground, model: nn.Module) -> int:
-        """Return the bytes of the mask and of the kept weights, none of which is the start's."""
-        return self.resident_bytes(ground, model) + NUMBER * sum(
-            int(model.get_parameter(name).count_nonzero()) for name in ground.weight_names()
-        )
+        """Return the bytes of the mask, 1 bit per weight, and of the kept weights, none of which is the start's."""
+        kept = (model.get_parameter(name).count_nonzero() for name in ground.weight_names())
+        return super().resident_bytes(ground, model) + NUMBER * sum(map(int, kept))
+
+    def resident_bytes(self, ground: Ground, model: nn.Module) -> int:
+        return self.stored_bytes(ground, model)
 
 
 @dataclass
